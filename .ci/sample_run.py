@@ -33,7 +33,7 @@ def picture():
     "nbs/images/pass_rate.png: the sample's models on the held-out tasks."
     from codetune.evaluations import assess, gather
     from codetune.plots import evaluation_figures
-    from codetune.runs import find_runs
+    from codetune.records import find_runs
     out = PLACE.parents[2]/"nbs"/"images"/"pass_rate.png"
     out.parent.mkdir(exist_ok=True)
     found = assess(gather(find_runs(str(PLACE))))

@@ -18,7 +18,9 @@ from .evaluations import assess, gather, jsonable, scores_of
 from .passk import compare, estimate
 from .plots import difference_figure, evaluation_figures, progress_figure, training_figures
 from .report import dialogues_html, model_card, pick_tasks
-from .runs import Run, find_runs, read_metrics, write_json
+from .files import write_json
+from .records import find_runs, read_metrics
+from .runs import Run
 from .runs_table import format_table, run_rows
 
 # %% ../nbs/07_analysis.ipynb #c007

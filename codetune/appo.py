@@ -22,7 +22,9 @@ from .passk import compare,estimate,task_scores
 from .ppo import appo_loss,gae,group_advantages,tppo_loss
 from .qlora_load import load_base,lora_config
 from .rollout import sampling_of
-from .runs import Run,atomic_dir,read_metrics,set_seed
+from .files import atomic_dir
+from .records import read_metrics
+from .runs import Run,set_seed
 from .sandbox import Pool
 from .session import Ablation,Session,alarms,all_ranks
 from .tasks import select_tasks

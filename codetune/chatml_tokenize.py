@@ -21,7 +21,8 @@ from .data_formats import Reject,dumps,n_workers,to_conversations
 from .data_report import FileStats
 from .fasttok import load_pack
 from .readers import find_files,read_blocks,records
-from .runs import Run,atomic_path,file_sha256,keep_previous,set_seed,write_json
+from .files import atomic_path,file_sha256,keep_previous,write_json
+from .runs import Run,set_seed
 from .workers import Workers
 
 # %% ../nbs/01_chatml_tokenize.ipynb #c006

@@ -17,7 +17,7 @@ from .data_formats import convert_files,make_options,n_workers
 from .data_report import merge_reports,report_text
 from .dedup import NearIndex,Seen
 from .readers import file_kind,find_files
-from .runs import atomic_path,write_json
+from .files import atomic_path,write_json
 
 # %% ../nbs/machinery/convert.ipynb #c006
 MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"

@@ -19,7 +19,8 @@ from .config import asset,configure,project_root,resolve_path
 from .data_report import FileStats,make_report,report_html
 from .dedup import Contamination,NearIndex,Seen,TaskIndex,benchmark_index,digest,signature
 from .readers import find_files,read_blocks,records
-from .runs import Run,atomic_path,keep_previous,set_seed,write_json
+from .files import atomic_path,keep_previous,write_json
+from .runs import Run,set_seed
 from .workers import Workers
 
 # %% ../nbs/00_data_formats.ipynb #c006

@@ -15,7 +15,8 @@ from .calibration import calibrate,calibration_table,usable_tasks
 from .code_env import REWARD_TYPES,CodeEnv,Scored,Step,feedback,score_verdict,total_reward
 from .config import configure,resolve_path
 from .observations import check_profiles,load_profiles,observation,prefill,render
-from .runs import Run,keep_previous,set_seed,write_json
+from .files import keep_previous,write_json
+from .runs import Run,set_seed
 from .sandbox import Pool
 from .tasks import describe,select_tasks
 

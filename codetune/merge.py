@@ -24,7 +24,8 @@ from peft.utils.save_and_load import load_peft_weights
 from .config import configure, resolve_path
 from .embedded import load_tokenizer, resolve_model
 from .qlora_load import add_adapter, load_adapter, load_base, lora_config
-from .runs import Run, atomic_dir, file_sha256, set_seed
+from .files import atomic_dir, file_sha256
+from .runs import Run, set_seed
 from .tensorfile import DTYPES, Delta, merge_file, read_header
 
 # %% ../nbs/06_merge.ipynb #c007

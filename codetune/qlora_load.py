@@ -22,7 +22,8 @@ from .config import asset
 from .embedded import resolve_model
 from .experts4bit import teach_peft
 from .memory import estimate_memory,memory_table
-from .runs import Run,write_json
+from .files import write_json
+from .runs import Run
 from .streaming import KEEP,ROUTERS,load_nf4
 
 # %% ../nbs/02_qlora_load.ipynb #c007

@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml
 
 from .config import check_names,load_recipe,project_root,read_fields,resolve_path
-from .runs import file_sha256,runs_root,write_json
+from .files import file_sha256,write_json
+from .records import runs_root
 
 # %% ../nbs/machinery/runner.ipynb #c006
 def notebooks_dir(

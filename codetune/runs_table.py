@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from .runs import find_runs, read_metrics
+from .records import find_runs, read_metrics
 
 # %% ../nbs/machinery/runs_table.ipynb #c006
 HEADLINE = {"eval/pass_rate": max, "reward/pass_rate": max, "reward/mean": max} | dict.fromkeys(

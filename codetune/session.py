@@ -16,7 +16,8 @@ from .config import resolve_path
 from .learner import Learner,Settings,gathered,total,update,world
 from .ppo import decayed_lr
 from .rollout import collect,credit
-from .runs import atomic_dir,newest_checkpoint,write_json
+from .files import atomic_dir,write_json
+from .records import newest_checkpoint
 from .team import Team
 
 # %% ../nbs/machinery/session.ipynb #c006

@@ -25,7 +25,9 @@ from .embedded import cache_root, load_tokenizer, resolve_model
 from .memory import estimate_memory
 from .packing import add_label_loss, check_isolation
 from .qlora_load import add_adapter, load_base, lora_config
-from .runs import Run, file_sha256, newest_checkpoint, set_seed
+from .files import file_sha256
+from .records import newest_checkpoint
+from .runs import Run, set_seed
 from .sandbox import Pool
 from .tasks import load_tasks
 from .tokenized import Blocks, collate, read_rows, split_rows

@@ -8,7 +8,8 @@ import torch
 from codetune.appo import Ablation, APPOConfig, Session, build_env, build_tasks, build_team, train_appo, start_run
 from codetune.config import configure, load_recipe
 from codetune.fixtures import tiny_model
-from codetune.runs import read_metrics, set_seed
+from codetune.records import read_metrics
+from codetune.runs import set_seed
 from codetune.sandbox import Pool
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -90,7 +90,7 @@ def test_papermill_to_a_pipe_leaves_a_complete_run(stage, tmp_path):
 
 
 def test_killed_run_is_interrupted_and_nothing_is_overwritten(stage, tmp_path):
-    from codetune.runs import find_runs
+    from codetune.records import find_runs
     code = "import os,signal\nfrom codetune.runs import Run\nRun.start('99_demo', {}, dataset='d', algorithm='demo')\nos.kill(os.getpid(), signal.SIGKILL)"
     for _ in range(2): subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60)
     assert [r["status"] for r in find_runs()] == ["interrupted"]*2

@@ -57,7 +57,7 @@ def answer(team, cfg, path, who="team", heard="own"):
 
 def train(variant, seed, out, given):
     from codetune.appo import build_team, start_run, train_appo
-    from codetune.runs import read_metrics
+    from codetune.records import read_metrics
     from codetune.team import Team
     cfg, ablation = settings(variant, seed, given)
     out.mkdir(parents=True, exist_ok=True)
