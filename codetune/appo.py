@@ -52,7 +52,7 @@ class APPOConfig:
     # data
     train_dataset_path:str="mini"           # mini, mini:easy, bigcode/bigcodebench, or a file
     test_dataset_path:str|None=None         # None splits train_dataset_path into codetune's own train and test
-    train_difficulty:str|None=None          # keep only training tasks of this difficulty: elementary, easy, loop or medium
+    train_difficulty:list[str]|None=None    # keep only training tasks of these difficulties: elementary, easy, loop, medium
     dataset_name:str="bigcodebench_instruct"# names the run directory
     # algorithm
     algorithm_name:str="APPO"               # APPO or TPPO
@@ -162,7 +162,7 @@ def build_tasks(
                           cfg.eval_tasks)
     if cfg.train_difficulty:
         levels = [json.loads(t["doc_struct"] or "{}").get("difficulty") for t in train]
-        train = [t for t,l in zip(train, levels) if l==cfg.train_difficulty]
+        train = [t for t,l in zip(train, levels) if l in cfg.train_difficulty]
         if not train:
             raise ValueError(f"train_difficulty={cfg.train_difficulty!r}: no such task; there are {', '.join(sorted({str(l) for l in levels}))}")
     shared = sorted({t["task_id"] for t in train} & {t["task_id"] for t in test})
