@@ -85,3 +85,14 @@ def test_no_main_guard_and_no_export_inside_a_notebook(path):
         guards = [n for n in ast.parse(cell.source).body if isinstance(n, ast.If) and "__name__" in ast.unparse(n.test)]
         assert not guards or path.stem == "cli"
         assert not re.search(r"^\s*(nbdev\.)?nbdev_export\(", cell.source, re.M)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"nbs").rglob("*.ipynb")), ids=lambda p: p.stem)
+def test_import_cells_hold_imports_only(path):
+    "`nbdev_docs` executes exported cells and every cell with an import, and no other: a test would miss its variables."
+    imports = (ast.Import, ast.ImportFrom)
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type != "code" or re.search(r"^#\|\s*export", cell.source, re.M): continue
+        tree = ast.parse(cell.source)
+        if any(isinstance(n, imports) for n in ast.walk(tree)):
+            assert all(isinstance(n, imports) for n in tree.body), f"move the import to the import cell:\n{cell.source}"

@@ -20,7 +20,7 @@ NBS, PROC, OUT = ROOT/"nbs", ROOT/"_proc", ROOT/"_docs"
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
 STAGES = r"\b\d\d_(\w+)\.ipynb"
 MACHINERY = {  # rooms in the order of a walk through the house; a room that is not named here goes under More
-    "Ground": "config runs runner cli doctor hints",
+    "Ground": "config files provenance records runs runner cli doctor hints",
     "Data": "readers workers dedup convert chat_encode fasttok tokenized packing",
     "Models": "embedded fixtures memory streaming tensorfile audit experts4bit trainer",
     "Tasks": "answers tasks partition calibration observations code_env",
