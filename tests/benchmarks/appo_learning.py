@@ -4,8 +4,8 @@
     python tests/benchmarks/appo_learning.py report [--out FOLDER]
     python tests/benchmarks/appo_learning.py all
 
-Each `train` runs nbs/recipes/quickstart_appo.yaml once, on the mini benchmark's training tasks, and answers all held-out tasks, 4
-samples each, before (once per seed) and after. Variants:
+Each `train` starts from the quickstart's SFT adapter (made by its first stages, once), runs nbs/recipes/quickstart_appo.yaml on the mini
+benchmark's training tasks, and answers all held-out tasks, 4 samples each, before (once per seed) and after. Variants:
 
     duo       the recipe
     shuffled  rewards are permuted among the episodes of a batch: nothing can be learnt from them
@@ -23,6 +23,19 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = ("duo", "shuffled", "silent", "frozen", "group", "solo")
+
+
+def start_adapter(out):
+    "Where training starts: the quickstart's SFT adapter, made once by its first stages."
+    from codetune.runner import fill, load_pipeline, run_stage
+    kept, done = out / "start.json", {}
+    if kept.exists(): return json.loads(kept.read_text())
+    for stage in load_pipeline("quickstart")["stages"]:
+        if stage["id"] not in ("data_formats", "chatml_tokenize", "sft"): continue
+        params = {n: fill(v, done) for n, v in stage.get("params", {}).items()} | dict(experiment_name="learning_start")
+        done[stage["id"]] = run_stage(stage["notebook"], params, quiet=True)
+    kept.write_text(json.dumps(done["sft"]["outputs"]["adapter"]))
+    return json.loads(kept.read_text())
 
 
 def settings(variant, seed, given):
@@ -59,8 +72,8 @@ def train(variant, seed, out, given):
     from codetune.appo import build_team, start_run, train_appo
     from codetune.records import read_metrics
     from codetune.team import Team
-    cfg, ablation = settings(variant, seed, given)
     out.mkdir(parents=True, exist_ok=True)
+    cfg, ablation = settings(variant, seed, dict(init_adapter_path=start_adapter(out)) | given)
     t0 = time.time()
     run = start_run(cfg)
     with run: summary = train_appo(cfg, run, ablation); run.finish(summary)
