@@ -86,7 +86,7 @@ def train(variant, seed, out, given):
     answer(team, cfg, out / f"{'solo' if variant == 'solo' else 'silent' if variant == 'silent' else 'team'}_{seed}_start.jsonl", "start", mute)
     answer(team, cfg, out / f"{variant}_{seed}_final.jsonl", heard=mute)
     if variant == "duo":
-        for heard in ("none", "other", "start"): answer(team, cfg, out / f"duo_{seed}_heard_{heard}.jsonl", heard=heard)
+        for heard in ("none", "other"): answer(team, cfg, out / f"duo_{seed}_heard_{heard}.jsonl", heard=heard)
 
 
 def report(out):
@@ -109,7 +109,7 @@ def report(out):
         c = compare(a, b)
         m = [json.loads((out / f"{v}_{s}.json").read_text())["minutes"] for s in seeds]
         lines.append(f"| {v} | {', '.join(map(str, seeds))} | {estimate(a)} | {estimate(b)} | **{c.diff}** | {c.p_value:.4f} | {sum(m) / len(m):.1f} |")
-        for h in ("none", "other", "start"):
+        for h in ("none", "other"):
             have = [s for s in seeds if (out / f"{v}_{s}_heard_{h}.jsonl").exists()]
             if v == "duo" and have:
                 d = compare(pool_seeds([rates(f"duo_{s}_heard_{h}.jsonl") for s in have]), pool_seeds([rates(f"duo_{s}_final.jsonl") for s in have]))
