@@ -54,7 +54,7 @@ def draw(
     "Sample one token for each row."
     if sampling.temperature==0: return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)
     z = support(logits.float()/sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
-    cdf = z.double().exp().cumsum(-1)
+    cdf = z.exp().cumsum(-1, dtype=torch.float64)
     u = torch.rand(len(z), 1, generator=generator, dtype=torch.float64).to(z.device)*cdf[:,-1:]
     ids = torch.searchsorted(cdf, u, right=True).clamp(max=z.shape[-1]-1)
     return ids[:,0], z.gather(-1, ids)[:,0]

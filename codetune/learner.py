@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_LOGRATIO', 'world', 'total', 'gathered', 'sum_gradients', 'Settings', 'message_norm', 'Learner', 'update_critic',
-           'Micro', 'lay_out', 'score', 'remember', 'update_policy', 'minibatch', 'update']
+           'Micro', 'lay_out', 'score', 'remember', 'reference', 'drift', 'update_policy', 'minibatch', 'update']
 
 # %% ../nbs/machinery/learner.ipynb #c003
 import math
@@ -168,25 +168,34 @@ def lay_out(self, m, ro:Rollout, c:Credit)->list[list[Micro]]:
     return [[micro(idx) for idx in mini] for mini in
             plan_minibatches(lengths, self.s.num_mini_batch, self.s.gradient_cp_steps, self.generator)]
 
-def score(self, m, x:Micro): return self.team.logprobs(m, x.prompts, x.ids, self.sampling)
+def score(self, m, x:Micro):
+    return self.team.logprobs(m, x.prompts, x.ids, self.sampling, entropy_grad=self.s.entropy_coef>0)
 
 @torch.no_grad()
-def remember(self, m, minis, n_ref:int=4)->dict:
-    "Old log-probabilities of every micro-batch; those of the starting adapter for all rows if `kl_coef`, else for a few, to report."
-    gap,kl,n,seen = [],0.,0,0
-    for x in (x for mini in minis for x in mini):
-        x.old,_,on = self.score(m, x)
-        for row,mask,g in zip(x.old, on, x.generated):
-            if len(g): gap.append(abs(float(row[mask].sum()) - sum(g)))
-        if self.s.kl_coef or seen<n_ref:
-            k = len(x.ids) if self.s.kl_coef else min(len(x.ids), n_ref-seen)
-            ref,_,on_k = self.team.logprobs("start", x.prompts[:k], x.ids[:k], self.sampling)
-            if self.s.kl_coef: x.ref = ref
-            T = on_k.shape[1]
-            kl += (kl_terms(ref - x.old[:k,:T])*on_k).sum().item(); n += k; seen += k
-    return {"policy/mismatch": sum(gap)/max(1, len(gap)), "policy/kl_start": kl/max(1, n)}
+def remember(self, m, minis):
+    """Old log-probabilities of the micro-batches, and those of the starting adapter if `kl_coef`. On a CPU the first minibatch needs no
+    pass of its own: the one with gradients gives the same to the last bit."""
+    for i,mini in enumerate(minis):
+        for x in mini:
+            if i or self.team.device.type!="cpu": x.old = self.score(m, x)[0]
+            if self.s.kl_coef: x.ref = self.reference(x)
+
+def reference(self, x:Micro): return self.team.logprobs("start", x.prompts, x.ids, self.sampling)[0]
+
+@torch.no_grad()
+def drift(self, minis)->dict:
+    "How far the old policy was from what generated, and, on one message in eight, from the start: nats per message."
+    rows = [(lp[:len(y)], sum(gen), p, y) for mini in minis for x in mini if x.old is not None
+            for lp,gen,p,y in zip(x.old, x.generated, x.prompts, x.ids) if len(gen)]
+    if not rows: return {}
+    few = rows[:min(16, -(-len(rows)//8))]
+    ref,_,on = self.team.logprobs("start", [p for *_,p,_ in few], [y for *_,y in few], self.sampling)
+    kl = sum(kl_terms(r[o] - lp).sum().item() for r,o,(lp,*_) in zip(ref, on, few))
+    return {"policy/mismatch": sum(abs(lp.sum().item()-gen) for lp,gen,*_ in rows)/len(rows),
+            "policy/kl_start": kl/len(few)}
 
 Learner.lay_out,Learner.score,Learner.remember = lay_out,score,remember
+Learner.reference,Learner.drift = reference,drift
 
 # %% ../nbs/machinery/learner.ipynb #c015
 def update_policy(self, m, ro:Rollout, c:Credit)->dict:
@@ -197,7 +206,8 @@ def update_policy(self, m, ro:Rollout, c:Credit)->dict:
               "policy/steps":0}
     if not c.live[m]: return counts
     minis = self.lay_out(m, ro, c)
-    seen,noise,log = self.remember(m, minis),None,[]
+    noise,log = None,[]
+    self.remember(m, minis)
     with self.team.use(m):
         for epoch in range(s.ppo_epoch):
             order = range(len(minis)) if epoch==0 else torch.randperm(len(minis), generator=self.generator).tolist()
@@ -211,8 +221,8 @@ def update_policy(self, m, ro:Rollout, c:Credit)->dict:
                     verdict = "ok" if ok else "nonfinite"
                 counts["policy/steps" if verdict=="ok" else f"guard/{verdict}"] += 1
                 opt.zero_grad(set_to_none=True)
-                if verdict=="kl_stop": return self._mean(log) | seen | counts
-    return self._mean(log) | seen | counts
+                if verdict=="kl_stop": return self._mean(log) | self.drift(minis) | counts
+    return self._mean(log) | self.drift(minis) | counts
 
 def minibatch(self, m, micros, noise)->tuple:
     "Gradients of one minibatch, unless a guard forbids it: ('ok' | 'kl_stop' | 'ratio' | 'nonfinite', metrics, noise)."
@@ -220,6 +230,7 @@ def minibatch(self, m, micros, noise)->tuple:
     rows,kl,out = total(sum(len(x.ids) for x in micros)),0.,{}
     for x in micros:
         lp,H,on = self.score(m, x)
+        if x.old is None: x.old = lp.detach()
         loss,metrics = self.loss(lp, x.old, x.advantages, on, H, s.clip_param, s.entropy_coef, x.norm)
         loss = loss*(x.units/whole)
         if x.ref is not None: loss = loss + s.kl_coef*kl_penalty(lp, x.ref, on)*(len(x.ids)/rows)

@@ -46,10 +46,10 @@ def _chunk_logprobs(h, weight, bias, scale):
     return z.sub_(z.logsumexp(-1, keepdim=True))
 
 def _chunk_grads(logp, targets, want):
-    "d logp_y / dz and, if wanted, the entropy (C,) and d entropy / dz, before scaling; `logp` is consumed."
+    "d logp_y / dz; the entropy (C,) if wanted; d entropy / dz if `want` is grad; before scaling; `logp` is consumed."
     p, ent, dent = logp.exp(), None, None
-    if want:
-        ent = -(p*logp).sum(-1)
+    if want: ent = -(p*logp).sum(-1)
+    if want=="grad":
         dent = logp.add_(ent[:, None]).mul_(p).neg_()
     dlogp = p.neg_()
     dlogp[torch.arange(len(targets), device=p.device), targets] += 1
@@ -65,14 +65,14 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.head = grad and (weight.requires_grad or bias is not None and bias.requires_grad)
         keep = grad and hidden.requires_grad and not ctx.head
         out = torch.empty(2 if want else 1, len(targets), dtype=kind, device=hidden.device)
-        saved = hidden.new_empty(len(out), *hidden.shape) if keep else None
+        saved = hidden.new_empty(1 + (want=="grad"), *hidden.shape) if keep else None
         for i in range(0, len(targets), chunk):
             rows = slice(i, i+chunk)
             logp = _chunk_logprobs(hidden[rows], weight, bias, scale)
             out[0, rows] = logp.gather(-1, targets[rows, None])[:, 0]
             if keep:
                 dlogp,ent,dent = _chunk_grads(logp, targets[rows], want)
-                for k,dz in enumerate([dlogp, dent][:len(out)]):
+                for k,dz in enumerate([dlogp, dent][:len(saved)]):
                     saved[k, rows] = (dz.mul_(scale).to(weight.dtype) @ weight).to(hidden.dtype)
                 if want: out[1, rows] = ent
             elif want: out[1, rows] = -(logp.exp()*logp).sum(-1)
@@ -84,7 +84,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, g):
         if not ctx.head:
             saved, = ctx.saved_tensors
-            return ((g[..., None]*saved).sum(0).to(saved.dtype),) + (None,)*7
+            return ((g[:len(saved), :, None]*saved).sum(0).to(saved.dtype),) + (None,)*7
         hidden, weight, bias, targets = ctx.saved_tensors
         dh = torch.empty_like(hidden)
         dw = torch.zeros_like(weight, dtype=g.dtype)
@@ -94,7 +94,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logp = _chunk_logprobs(hidden[rows], weight, bias, ctx.scale)
             dz,_,dent = _chunk_grads(logp, targets[rows], ctx.want)
             dz.mul_(g[0, rows, None])
-            if ctx.want: dz.add_(dent.mul_(g[1, rows, None]))
+            if ctx.want=="grad": dz.add_(dent.mul_(g[1, rows, None]))
             if db is not None: db += dz.sum(0).mul_(ctx.scale)
             dz = dz.mul_(ctx.scale).to(weight.dtype)
             dh[rows] = (dz @ weight).to(hidden.dtype)
@@ -109,6 +109,7 @@ def token_logprobs(
     temperature:float=1.,      # divides the logits
     chunk:int=512,             # rows whose logits exist at one time
     entropy:bool=False,        # also return the entropy of each position's distribution
+    entropy_grad:bool=True,    # the entropies carry a gradient; without, a third of the head's work is saved
 )->Tensor|tuple[Tensor,Tensor]:  # (P,) log-probabilities in nats, and (P,) entropies if asked; fp32 or fp64
     "Log-probability of each target, differentiable, holding logits of `chunk` rows at most."
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
@@ -119,9 +120,10 @@ def token_logprobs(
     device = hidden.device.type
     if torch.is_autocast_enabled(device): weight = weight.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        out = _TokenLogprobs.apply(hidden, weight, bias, targets, 1/temperature, chunk, entropy,
+        want = "" if not entropy else "grad" if entropy_grad else "value"
+        out = _TokenLogprobs.apply(hidden, weight, bias, targets, 1/temperature, chunk, want,
                                    torch.is_grad_enabled())
-    return (out[0], out[1]) if entropy else out[0]
+    return (out[0], out[1] if entropy_grad else out[1].detach()) if entropy else out[0]
 
 # %% ../nbs/machinery/packing.ipynb #c022
 def pack(

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights,set_peft_model_state_dict
 from safetensors.torch import load_file,save_file
+import codetune.attention
 from .engine import Completion,Sampling,TransformersEngine,support
 from .packing import head_weight,token_logprobs
 from .qlora_load import add_adapter,load_base
@@ -114,7 +115,8 @@ class Team:
             if init_adapter: self._fill(role, init_adapter)
         self.causal = self.model.get_base_model()
         self.trunk,self.head = self.causal.get_decoder(),self.causal.get_output_embeddings()
-        n_fast = fast_lora(self.model)
+        fast_lora(self.model)
+        if base.config._attn_implementation=="sdpa": base.set_attn_implementation("short")
         self.lora = {r:[p for n,p in self.model.named_parameters() if "lora_" in n and f".{r}." in f"{n}."] for r in self.roles}
         for p in sum(self.lora.values(),
                      []): p.data = p.data.to(torch.float64 if p.dtype==torch.float64 else torch.float32)
@@ -213,20 +215,23 @@ def logprobs(self:Team,
     prompts:list[list[int]],
     actions:list[list[int]],   # token ids
     sampling:Sampling=Sampling(), # the distribution that they were drawn from
+    entropy_grad:bool=True,    # the entropies carry a gradient too; without, the head is cheaper
 )->tuple[Tensor,Tensor,Tensor]: # (M, T) log-probabilities in nats, entropies and loss mask, right-padded
     "Score messages on the training path; differentiable in the agent's adapter."
     with self.use(agent):
         h,place = self.hidden(prompts, actions)
         y = torch.tensor([t for a in actions for t in a], device=self.device, dtype=torch.long)
-        lp,H = self._score(h, y, sampling)
+        lp,H = self._score(h, y, sampling, entropy_grad)
         out = lp.new_zeros(2, *place.shape)
         return out[0].masked_scatter(place, lp), out[1].masked_scatter(place, H), place
 
 @patch
-def _score(self:Team, h, y, s):
+def _score(self:Team, h, y, s, entropy_grad):
     "Log-probabilities and entropies of the ids `y` under the sampling distribution `s`."
     t = s.temperature or 1.
-    if not s.top_k and s.top_p>=1: return token_logprobs(h, y, self.head, temperature=t, entropy=True)
+    if not s.top_k and s.top_p>=1: return token_logprobs(
+        h, y, self.head, t, chunk=512 if h.is_cuda else max(1, 2**22//self.head.out_features), entropy=True,
+        entropy_grad=entropy_grad)
     weight,bias = head_weight(self.head)
     z = h.to(weight.dtype)@weight.T if bias is None else h.to(weight.dtype)@weight.T+bias
     lp = support((z if z.dtype==torch.float64 else z.float())/t, s.top_k, s.top_p, keep=y).log_softmax(-1)
