@@ -307,8 +307,9 @@ LAYERS = ("namespaces", "landlock", "seccomp", "caps", "rlimits")
 # %% ../nbs/machinery/sandbox_slot.ipynb #c026
 class Slot:
     "One place where programs run, one after the other."
-    def __init__(self, sock, config):
+    def __init__(self, sock, config, watched, filters):
         self.sock,self.config,self.private = sock,config,config["namespaces"]
+        self.watched,self.filters = watched,filters            # made by the warm parent, shared by all slots
         isolation.prctl(isolation.SUBREAPER, 1)
         self.scratch = isolation.Scratch(config["paths"]) if self.private else None
         self.work = "/tmp" if self.private else config["work"]
@@ -316,10 +317,7 @@ class Slot:
         self.paths = dict(work=self.work, write=places, n_proc=128 if self.private else config["n_proc"],
                           read=["/"] if self.private else isolation.SYSTEM + config["paths"])
         self.renew()
-        self.watched = sandbox_judge.pristine(sys.modules)
         self.base = memory_mib([os.getpid()], 1e9)
-        self.filters = {True: isolation.seccomp_filter(),
-                        False: isolation.seccomp_filter((), isolation.landlock_abi()>=6)}
         self.layers = self.probe([l for l in LAYERS if l not in config["off"]
                                   and (l!="namespaces" or self.private)])
         isolation.prctl(isolation.DUMPABLE, 0)
@@ -371,12 +369,12 @@ def _serve(self):
 Slot.probe,Slot.run_job,Slot.serve = _probe,_run_job,_serve
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c028
-def start_slot(sock, config):
+def start_slot(sock, config, watched, filters):
     "Become a slot. A failure is told to the supervisor."
     try:
         if config["namespaces"]: isolation.enter_slot()
         else: isolation.die_with_parent(config["parent"])
-        slot = Slot(sock, config)
+        slot = Slot(sock, config, watched, filters)
     except OSError as e: return send_frame(sock, dict(error=f"{type(e).__name__}: {e}"))
     slot.serve()
 
@@ -408,6 +406,7 @@ def warm_parent(
     sock,found = socket.socket(fileno=fd),{}
     for name in config["imports"]:
         if name.split(".")[0] in sys.stdlib_module_names or forkable(name): import_if_there(name, found)
+    shared = sandbox_judge.pristine(sys.modules),{True: isolation.seccomp_filter(), False: isolation.seccomp_filter((), isolation.landlock_abi()>=6)}
     gc.collect(); gc.freeze(); gc.disable(); huge_pages()
     if len(_tasks("self"))!=1: return send_frame(sock,
                                                  dict(error="the interpreter has threads after its imports; forking it is unsafe"))
@@ -420,6 +419,6 @@ def warm_parent(
         if os.fork()==0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             sock.close()
-            try: start_slot(socket.socket(fileno=got[2][0]), config | got[0] | {"parent": me})
+            try: start_slot(socket.socket(fileno=got[2][0]), config | got[0] | {"parent": me}, *shared)
             finally: os._exit(0)
         for f in got[2]: os.close(f)
