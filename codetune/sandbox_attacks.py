@@ -46,6 +46,20 @@ _CASES = dict(
     mock="""    def test_mock(self):
         from unittest.mock import patch
         with patch("os.getcwd", return_value="/here"): self.assertEqual(task_func(), "/here")""",
+    allclose="""    def test_close(self):
+        import numpy as np
+        result = task_func(2, 3)
+        self.assertTrue(np.allclose(result, [2, 3]))""",
+    equals="    def test_equals(self): self.assertTrue(task_func(2, 3).equals([2, 3]))",
+    kind="    def test_kind(self): self.assertTrue(isinstance(task_func(2, 3), list))",
+    between="    def test_between(self): self.assertTrue(4 < task_func(2, 3) <= 5)",
+    text="    def test_text(self): self.assertTrue(task_func(2, 3).startswith('2 and'))",
+    unique="    def test_unique(self): self.assertEqual(set(task_func(2, 3)), {5})",
+    keys="    def test_keys(self): self.assertEqual(list(task_func(2, 3)), ['a'])",
+    each="""    def test_each(self):
+        for x in task_func(2, 3): self.assertEqual(x, 5)""",
+    length="    def test_length(self): self.assertEqual(len(task_func(2, 3)), 2)",
+    every="    def test_every(self): self.assertTrue(all(x in (2, 3) for x in task_func(2, 3)))",
     seeded="""    def test_seeded(self):
         import random
         random.seed(1); a = task_func()

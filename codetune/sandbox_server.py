@@ -23,14 +23,16 @@ from .sandbox_slot import classify, processes, recv_frame, send_frame
 from .sandbox_verdict import decide
 
 # %% ../nbs/machinery/sandbox_server.ipynb #c006
-MODULES = ["isolation", "sandbox_verdict", "sandbox_judge", "sandbox_io", "sandbox_slot", "sandbox_server"]
-BOOT = """import sys,json,types
+MODULES = ["isolation", "sandbox_verdict", "sandbox_evidence", "sandbox_seal", "sandbox_judge", "sandbox_io", "sandbox_slot",
+           "sandbox_server"]
+BOOT = """import sys,json,types,builtins
 sys.path[:] = [p for p in sys.path if p]
 with open(int(sys.argv[1]), encoding='utf-8') as f: sources = json.load(f)
 sys.modules['codetune'] = types.ModuleType('codetune')
 for name,source in sources:
     m = sys.modules['codetune.'+name] = types.ModuleType('codetune.'+name)
     setattr(sys.modules['codetune'], name, m)
+    m.__dict__['__builtins__'] = dict(vars(builtins))
     exec(compile(source, '<codetune.'+name+'>', 'exec'), m.__dict__)
 main = getattr(sys.modules['codetune.'+sys.argv[2]], sys.argv[3])
 main(int(sys.argv[4]), json.loads(sys.argv[5]))

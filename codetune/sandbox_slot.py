@@ -23,7 +23,7 @@ import sys
 import time
 from _json import encode_basestring_ascii as _quote
 
-from . import isolation, sandbox_io, sandbox_judge
+from . import isolation, sandbox_evidence, sandbox_io, sandbox_judge, sandbox_seal
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c006
 def send_frame(
@@ -122,7 +122,8 @@ def run_inprocess(header, layers, filters, watched, body_fd, pipes):
     confine(layers, header, filters)
     with open(body_fd, encoding="utf-8") as f: job = json.load(f)
     nonce = job.pop("nonce")
-    hook = sandbox_judge.witness(lambda line: write(witness_w, line), job["test"])
+    hook = sandbox_evidence.witness(lambda line: write(witness_w, line), job["test"])
+    if "witness" not in job["off"]: sandbox_evidence.blind_handlers()
     _hide()
     if "witness" not in job["off"]: sys.addaudithook(hook)
     result = judge(job, watched)
@@ -406,7 +407,9 @@ def warm_parent(
     sock,found = socket.socket(fileno=fd),{}
     for name in config["imports"]:
         if name.split(".")[0] in sys.stdlib_module_names or forkable(name): import_if_there(name, found)
-    shared = sandbox_judge.pristine(sys.modules),{True: isolation.seccomp_filter(), False: isolation.seccomp_filter((), isolation.landlock_abi()>=6)}
+    if "seal" not in config["off"]: sandbox_seal.freeze()
+    shared = sandbox_evidence.pristine(sys.modules),{
+        True: isolation.seccomp_filter(), False: isolation.seccomp_filter((), isolation.landlock_abi()>=6)}
     gc.collect(); gc.freeze(); gc.disable(); huge_pages()
     if len(_tasks("self"))!=1: return send_frame(sock,
                                                  dict(error="the interpreter has threads after its imports; forking it is unsafe"))

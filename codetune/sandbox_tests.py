@@ -41,32 +41,51 @@ def expected_tests(
     return found
 
 # %% ../nbs/machinery/sandbox_tests.ipynb #c010
+_ASKED = set("equals all any startswith endswith isdisjoint issubset issuperset allclose isclose array_equal array_equiv "
+             "isinstance issubclass".split())
+_MOCKED = set("open input print exit quit help copyright credits license super __import__ __debug__".split())
+
+def _bound(tree):
+    "Names that the tests bind somewhere, and all that they mention as text: a mock may replace these."
+    nodes = list(ast.walk(tree))
+    names = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    names |= {n.arg for n in nodes if isinstance(n, (ast.arg, ast.keyword))} | {getattr(n, "name", None) for n in nodes}
+    names |= {(n.asname or n.name).split(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return names | {w.removeprefix("builtins.") for t in texts for w in re.findall(r"builtins\.\w+", t)}
+
 class _Guard(ast.NodeTransformer):
-    "Wrap operands and assertion arguments."
-    def __init__(self, name): self.name = name
+    "Wrap operands and assertion arguments; write builtins as marks."
+    def __init__(self, mark, bound):
+        self.mark,self.plain = mark,set(dir(builtins)) - bound - _MOCKED - {"None", "True", "False"}
     def wrap(self, node):
         if isinstance(node, (ast.Constant, ast.Starred, ast.Lambda, ast.JoinedStr)): return node
-        return ast.Call(ast.Name(self.name, ast.Load()), [node], [])
+        return ast.Call(ast.Constant(self.mark + "believe"), [node], [])
+    def visit_Name(self, node):
+        return ast.Constant(self.mark + node.id) if node.id in self.plain else node
     def visit_Compare(self, node):
         self.generic_visit(node)
         if all(isinstance(o, (ast.Is, ast.IsNot)) for o in node.ops): return node
         node.left,node.comparators = self.wrap(node.left),[self.wrap(c) for c in node.comparators]
         return node
     def visit_Call(self, node):
+        is_method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if is_method else getattr(node.func, "id", "")
         self.generic_visit(node)
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name.startswith("assert"):
+        if name.startswith("assert") or name in _ASKED:
             node.args = [self.wrap(a) for a in node.args]
             for k in node.keywords: k.value = self.wrap(k.value) if k.arg else k.value
+        if is_method and name in _ASKED: node.func.value = self.wrap(node.func.value)
         return node
 
 # %% ../nbs/machinery/sandbox_tests.ipynb #c011
 def guarded(
     test:str,   # source of the tests
-    name:str,   # what the guard will be called
+    mark:str,   # what the marked texts begin with
 )->str:         # source with the same meaning as long as nobody cheats
     "Rewrite the tests so that every comparison passes through the guard."
-    return ast.unparse(_Guard(name).visit(ast.parse(test)))
+    tree = ast.parse(test)
+    return ast.unparse(_Guard(mark, _bound(tree)).visit(tree))
 
 # %% ../nbs/machinery/sandbox_tests.ipynb #c014
 _SHARED = re.compile(r"\b(patch\w*|\w*[mM]ock\w*|stdout|stderr|stdin|redirect_\w+|StringIO|BytesIO|plt|matplotlib|seaborn|sns|Axes|"
@@ -105,7 +124,7 @@ class TestPlan:
     io:bool           # may run in two processes
     __test__ = False  # not a pytest class
 
-GUARD = "__believe__"
+GUARD = "\0"
 
 @lru_cache(4096)
 def plan(test:str, entry_point:str)->TestPlan:
