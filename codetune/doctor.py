@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Finding', 'machine_findings', 'package_findings', 'gpu_findings', 'cache_findings', 'extra_findings',
-           'sandbox_findings', 'doctor_report', 'doctor_command']
+           'sandbox_findings', 'attack_findings', 'doctor_report', 'doctor_command']
 
 # %% ../nbs/machinery/doctor.ipynb #c003
 import argparse,json,os,platform,shutil,subprocess,sys
@@ -173,7 +173,25 @@ def sandbox_findings(
                     "weaker isolation of generated programs", get),
             *(Finding("sandbox", "note", "missing", str(n)) for n in report.get("notes", []))]
 
-# %% ../nbs/machinery/doctor.ipynb #c023
+# %% ../nbs/machinery/doctor.ipynb #c022
+_QUICK = ["forge", "peek", "exit", "escape", "network", "persist", "stdio", "broken"]
+
+def attack_findings(
+    full:bool=False,  # resource attacks and controls too, some minutes
+    start=None,       # runs the attacks; for tests
+)->list[Finding]:
+    "Attack the sandbox and say what got through."
+    from codetune.sandbox_attacks import attack_suite, attack_summary
+    try: rows = (start or attack_suite)(classes=None if full else _QUICK, controls=full, n_slots=2)
+    except Exception as e:  # no sandbox, no attack; the layers say why
+        return [Finding("sandbox", "attacks", "missing", f"not run: {type(e).__name__}: {e}")]
+    good,text = attack_summary(rows)
+    found = [Finding("sandbox", "attacks", "ok" if good else "broken", text, "rewards can be forged or the host reached",
+                     "report this with the output of codetune doctor --json")]
+    lost = sorted({r["name"] for r in rows if r["control"] is False})
+    return found + [Finding("sandbox", "controls", "ok", "no weaker runner to win in here: " + ", ".join(lost))]*bool(lost)
+
+# %% ../nbs/machinery/doctor.ipynb #c026
 _MARK = dict(ok="  ok     ", missing="  MISSING", broken="  BROKEN ")
 
 def doctor_report(
@@ -195,9 +213,11 @@ def doctor_command(
     "Look at everything and print it."
     p = argparse.ArgumentParser("codetune doctor", description="What this machine has, what is missing and how to get it.")
     p.add_argument("--json", action="store_true", help="print the findings as JSON")
+    p.add_argument("--attacks", action="store_true", help="attack the sandbox with every program, and prove each "
+                   "attack in a weaker runner (minutes; the quick attacks always run)")
     args = p.parse_args(argv)
     driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
     findings = [*machine_findings(), *package_findings(), *gpu_findings(_ask_torch(), driver), *cache_findings(),
-                *sandbox_findings(), *extra_findings()]
+                *sandbox_findings(), *attack_findings(args.attacks), *extra_findings()]
     print(json.dumps([asdict(f) for f in findings], indent=1) if args.json else doctor_report(findings))
     return int(any(f.state == "broken" for f in findings))

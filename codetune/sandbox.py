@@ -26,11 +26,12 @@ from .sandbox_verdict import Verdict
 # %% ../nbs/machinery/sandbox.ipynb #c006
 class SandboxError(RuntimeError): "The sandbox itself is broken; never a reward."
 
+_SCIENCE = ("numpy", "pandas", "scipy", "sklearn", "matplotlib", "seaborn")
+
 def _import_set(solution, test):
     "Programs that mention a scientific library are forked from the interpreter that has imported it."
     text = solution + test
-    return "science" if any(w in text for w in ("numpy", "pandas", "scipy", "sklearn", "matplotlib",
-                                                "seaborn")) else "std"
+    return "science" if any(w in text for w in _SCIENCE) else "std"
 
 def _sources():
     "The library's own sources for the interpreters that it starts, in order of import."
@@ -146,8 +147,8 @@ def submit(
     p = plan(test, entry_point)
     chosen = ("io" if p.io else "inprocess") if mode=="auto" else mode
     return self._ask(dict(solution=solution, test=test, guarded=p.guarded, guard=GUARD, expected=p.expected,
-                          timeout=float(timeout),
-                          mem_mib=int(mem_mib), mode=chosen, auto=mode=="auto", entry_point=entry_point, set=_import_set(solution, test)))
+                          sealable=p.sealable, timeout=float(timeout), mem_mib=int(mem_mib), mode=chosen,
+                          auto=mode=="auto", entry_point=entry_point, set=_import_set(solution, test)))
 
 def check_(self, solution, test, **kw)->Verdict:
     "Run one program and wait; arguments as for `submit`."

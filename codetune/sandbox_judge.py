@@ -12,7 +12,6 @@ import contextlib
 import functools
 import os
 import random
-import re
 import sys
 import traceback
 import types
@@ -194,10 +193,6 @@ def _lineage(case):
                for f in _dict(c).values())
 
 # %% ../nbs/machinery/sandbox_judge.ipynb #c019
-# tests that change their own class may go on doing so
-_WRITES = re.compile(r"(?:TestCases|__class__|type\(self\))\.\w+\s*(?:[-+*/|&%^]|//|\*\*|<<|>>)?=(?!=)"
-                     r"|(?:setattr|delattr|patch\.object)\(\s*(?:TestCases|self\.__class__|type\(self\))|\bdel ")
-
 class Watchman:
     "What is looked at around the tests of one job, and what was found."
     def __init__(self, job, changed):
@@ -205,7 +200,7 @@ class Watchman:
         self.place,self.count = os.urandom(1)[0] % len(job["expected"]),0
         self.cases,self.bent = [],lambda: None
         self.sealed = [] if "seal" in self.off else [*classes(), Outcomes, Unequal, Watchman]
-        self.seal_cases = bool(self.sealed) and not _WRITES.search(job["test"])
+        self.seal_cases = bool(self.sealed) and job.get("sealable", True)
     def find(self, what):
         if len(self.tampered)<5: self.tampered.append(what)
     def look(self, where, full=True):

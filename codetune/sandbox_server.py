@@ -160,8 +160,8 @@ def _dispatch(self):
 def _give(self, slot, job):
     "Send one job to one slot; the slot never reads the body."
     job["nonce"] = secrets.token_hex(16)
-    body = {k: job[k] for k in ("solution", "expected", "entry_point", "nonce",
-                                "guard")} | {"off": self.config["off"]}
+    names = ("solution", "expected", "entry_point", "nonce", "guard", "sealable")
+    body = {k: job[k] for k in names} | {"off": self.config["off"]}
     body["test"] = job["test" if job["mode"]=="io" else "guarded"]
     fd = memory_file(json.dumps(body).encode())
     self.owner[slot].slots[slot] = "busy"

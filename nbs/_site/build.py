@@ -24,7 +24,8 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Data": "readers workers dedup convert chat_encode fasttok tokenized packing",
     "Models": "embedded fixtures memory streaming tensorfile audit experts4bit trainer",
     "Tasks": "answers tasks partition calibration observations code_env",
-    "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_judge sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks",
+    "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_watch sandbox_judge sandbox_evidence sandbox_seal sandbox_io sandbox_tests "
+               "sandbox_verdict isolation sandbox_attacks sandbox_canary",
     "Learning": "team engine rollout ppo learner session",
     "Seeing": "passk evaluations plots report runs_table chat"}
 GUIDES = "bring_your_own_data bring_your_own_tasks add_an_agent change_the_reward troubleshooting".split()
