@@ -61,6 +61,7 @@ class _Guard(ast.NodeTransformer):
     def wrap(self, node):
         if isinstance(node, (ast.Constant, ast.Starred, ast.Lambda, ast.JoinedStr)): return node
         return ast.Call(ast.Constant(self.mark + "believe"), [node], [])
+    def visit_JoinedStr(self, node): return node               # no quotes are left for marks in there
     def visit_Name(self, node):
         return ast.Constant(self.mark + node.id) if node.id in self.plain else node
     def visit_Compare(self, node):
