@@ -37,9 +37,8 @@ pytest: setup
 test-browser: setup ## the docs site and JupyterLab in headless Chromium (Debian: apt-get install chromium)
 	python -m pytest -m browser
 
-test-long: setup ## default budgets, three seeds, soaks, every layer set, live JupyterLab; up to 3 hours
-	@mkdir -p tests/benchmarks/results
-	set -o pipefail; python -m pytest -m "long or browser" 2>&1 | tee tests/benchmarks/results/test-long.log
+test-long: setup ## what takes a night, or some of it: make test-long PARTS="stages jupyterlab"
+	python tests/long.py $(PARTS)
 
 setup: $(STAMP) ## create .venv with the pinned packages and the embedded model
 
