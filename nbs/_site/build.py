@@ -27,7 +27,7 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_watch sandbox_judge sandbox_evidence sandbox_seal sandbox_io sandbox_tests "
                "sandbox_verdict isolation sandbox_attacks sandbox_canary",
     "Learning": "team engine rollout ppo learner session",
-    "Seeing": "passk evaluations plots report runs_table chat"}
+    "Seeing": "passk evaluations plots curves report runs_table chat"}
 GUIDES = "bring_your_own_data bring_your_own_tasks add_an_agent change_the_reward troubleshooting".split()
 
 
