@@ -1,4 +1,5 @@
-"What the browser tests share: the Chromium of the machine, a web server for a folder, a page that remembers its faults."
+"What the browser tests share: the machine's Chromium, a web server for a folder, a page's faults."
+
 import functools
 import http.server
 import os
@@ -8,8 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (Debian: apt-get install chromium; or set CHROMIUM=/path)")
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_chromium = pytest.mark.skipif(
+    not CHROMIUM,
+    reason="no Chromium on this machine (Debian: apt-get install chromium; or set CHROMIUM=/path)",
+)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -20,7 +26,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @contextmanager
 def serve(folder):
     "Serve a folder on a free port; gives the address."
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -32,7 +40,12 @@ def serve(folder):
 def browser(**kw):
     "A headless Chromium that reaches nothing but this machine."
     from playwright.sync_api import sync_playwright
-    args = ["--no-sandbox", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+
+    args = [
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    ]
     with sync_playwright() as p:
         chrome = p.chromium.launch(executable_path=CHROMIUM, args=args, **kw)
         try:

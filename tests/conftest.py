@@ -1,11 +1,16 @@
 "Say plainly, at the end, what was not run and why."
+
 from collections import Counter
 
 
 def pytest_terminal_summary(terminalreporter, config):
     why = Counter()
     for report in terminalreporter.stats.get("skipped", []):
-        why[str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr).removeprefix("Skipped: ")] += 1
+        why[
+            str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr).removeprefix(
+                "Skipped: "
+            )
+        ] += 1
     left = len(terminalreporter.stats.get("deselected", []))
     if why or left:
         terminalreporter.section("not run")

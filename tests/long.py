@@ -1,10 +1,11 @@
-"""What takes a night: named parts, one after the other, and a log that says for each when, where and at which commit it ran.
+"""What takes a night: named parts, one after the other, and a log of when, where, at which commit.
 
     python tests/long.py                      every part
     python tests/long.py stages jupyterlab    only these; the other sections of the log stay as they are
 
-`make test-long` and `make test-long PARTS="stages jupyterlab"` do the same. The exit status is 1 if a part failed.
+`make test-long` and `make test-long PARTS="stages jupyterlab"` do the same. Exit status 1: a part failed.
 """
+
 import argparse
 import os
 import re
@@ -22,9 +23,9 @@ from codetune.files import atomic_path
 from codetune.provenance import git_state, hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-LOG = ROOT/"tests/benchmarks/results/test-long.log"
-LIMIT_S, TAIL = 8*3600, 60  # of each part: seconds until it is stopped, lines of output kept
-SANDBOX = sorted(f"tests/{p.name}" for p in (ROOT/"tests").glob("test_sandbox*.py"))
+LOG = ROOT / "tests/benchmarks/results/test-long.log"
+LIMIT_S, TAIL = 8 * 3600, 60  # of each part: seconds until it is stopped, lines of output kept
+SANDBOX = sorted(f"tests/{p.name}" for p in (ROOT / "tests").glob("test_sandbox*.py"))
 PYTEST = ["-m", "pytest", "-m"]
 PARTS = {  # name: arguments of Python, run in the project's root
     "stages": ["tests/stages.py"],
@@ -46,11 +47,19 @@ def anonymous(line):
 
 
 def execute(args, limit_s=LIMIT_S):
-    "Run Python with `args`, its output shown as it comes; exit status, seconds, last lines. A time limit ends it with 124."
+    "Run Python with `args` and show its output; exit status (124: too long), seconds, last lines."
     start, late = time.monotonic(), threading.Event()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    child = subprocess.Popen([sys.executable, *args], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True, errors="replace", start_new_session=True)
+    child = subprocess.Popen(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     timer = threading.Timer(limit_s, lambda: (late.set(), os.killpg(child.pid, signal.SIGKILL)))
     timer.start()
     tail = deque(maxlen=TAIL)
@@ -63,27 +72,32 @@ def execute(args, limit_s=LIMIT_S):
         timer.cancel()
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
-    return 124 if late.is_set() else status, time.monotonic()-start, list(tail)
+    return 124 if late.is_set() else status, time.monotonic() - start, list(tail)
 
 
 def section(name, args, limit_s=LIMIT_S):
     "Run one part; its section of the log and whether it passed."
     git, machine, found = git_state(), hardware(), versions()
-    lines = [f"== {name}", f"date      {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
-             f"machine   {machine['cpus']} cores, {machine['memory_gib']} GiB, {machine['platform']}, "
-             f"Python {found['python']}, torch {found.get('torch')}, GPUs: {', '.join(machine['gpus']) or 'none'}",
-             f"commit    {git.get('revision', 'unknown')}{' with changes' if git.get('dirty') else ''}",
-             f"command   {anonymous('python ' + shlex.join(args))}"]
+    lines = [
+        f"== {name}",
+        f"date      {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
+        f"machine   {machine['cpus']} cores, {machine['memory_gib']} GiB, {machine['platform']}, "
+        f"Python {found['python']}, torch {found.get('torch')}, GPUs: {', '.join(machine['gpus']) or 'none'}",
+        f"commit    {git.get('revision', 'unknown')}{' with changes' if git.get('dirty') else ''}",
+        f"command   {anonymous('python ' + shlex.join(args))}",
+    ]
     status, took, tail = execute(args, limit_s)
-    how = {0: "passed", 124: f"FAILED: stopped after its limit of {limit_s} s"}.get(status, f"FAILED, exit status {status}")
-    lines += [f"duration  {took:.0f} s", f"status    {how}", *("    "+line for line in tail), ""]
+    how = {0: "passed", 124: f"FAILED: stopped after its limit of {limit_s} s"}.get(
+        status, f"FAILED, exit status {status}"
+    )
+    lines += [f"duration  {took:.0f} s", f"status    {how}", *("    " + line for line in tail), ""]
     return "\n".join(lines), status == 0
 
 
 def read_log(path):
     "The sections of a log, by name."
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return {m[1]: m[0].rstrip("\n")+"\n" for m in re.finditer(r"^== (\S+)\n(?:(?!== ).*\n?)*", text, re.M)}
+    return {m[1]: m[0].rstrip("\n") + "\n" for m in re.finditer(r"^== (\S+)\n(?:(?!== ).*\n?)*", text, re.M)}
 
 
 def run_parts(names, parts=PARTS, log=LOG, limit_s=LIMIT_S):
@@ -108,7 +122,9 @@ def main():
     if unknown:
         args.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     failed = run_parts(names)
-    print(f"test-long: {len(names)-len(failed)} of {len(names)} parts passed; {LOG.relative_to(ROOT)} has the details")
+    print(
+        f"test-long: {len(names) - len(failed)} of {len(names)} parts passed; see {LOG.relative_to(ROOT)}"
+    )
     if failed:
         sys.exit(f"test-long: failed: {', '.join(failed)}")
 

@@ -1,4 +1,5 @@
-"The site as a reader meets it: built offline, every link, formula and search result, on a desk and on a phone."
+"The site as a reader meets it: built offline; links, formulas, search; on a desk and on a phone."
+
 import json
 import re
 import subprocess
@@ -11,11 +12,14 @@ import pytest
 from browser import browser, needs_chromium, serve, watch
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(q[0] in "._" for q in p.relative_to(ROOT).parts))
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(q[0] in "._" for q in p.relative_to(ROOT).parts)
+)
 
 
 class Links(HTMLParser):
     "The ids, links and loaded resources of one page."
+
     def __init__(self, text):
         super().__init__()
         self.ids, self.links, self.resources = set(), [], []
@@ -34,19 +38,22 @@ class Links(HTMLParser):
 
 CUT_OFF = """() => [...document.querySelectorAll('main *')].filter(e => {
   const r = e.getBoundingClientRect();
-  if (r.width === 0 || r.right <= innerWidth + 1 || e.closest('.katex-mathml, svg, details:not([open])')) return false;
+  if (r.width === 0 || r.right <= innerWidth + 1) return false;
+  if (e.closest('.katex-mathml, svg, details:not([open])')) return false;
   for (let p = e.parentElement; p; p = p.parentElement)
     if (/auto|scroll/.test(getComputedStyle(p).overflowX) && p !== document.body) return false;
   return !/auto|scroll/.test(getComputedStyle(e).overflowX) || r.width > innerWidth;
-}).map(e => e.outerHTML.slice(0, 120))"""  # what reaches past the edge of the screen and cannot be scrolled into view
+}).map(e => e.outerHTML.slice(0, 120))"""  # past the screen's edge, and no scrolling brings it back
 
 
 @pytest.fixture(scope="session")
 def site():
-    "The built site; `--check` refuses a README or a sidebar that are behind the notebooks, and changes neither."
-    done = subprocess.run([sys.executable, ROOT/"nbs/_site/build.py", "--check"], capture_output=True, text=True, timeout=300)
+    "The built site; `--check` refuses a README or a sidebar that are behind the notebooks."
+    done = subprocess.run(
+        [sys.executable, ROOT / "nbs/_site/build.py", "--check"], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return ROOT/"_docs"
+    return ROOT / "_docs"
 
 
 @pytest.fixture(scope="session")
@@ -67,11 +74,11 @@ def address(site):
 
 
 def page_name(notebook):
-    return notebook.relative_to(ROOT/"nbs").with_name(re.sub(r"^\d\d_", "", notebook.stem) + ".html")
+    return notebook.relative_to(ROOT / "nbs").with_name(re.sub(r"^\d\d_", "", notebook.stem) + ".html")
 
 
 def test_every_notebook_has_a_page(site):
-    missing = [str(n.relative_to(ROOT)) for n in NOTEBOOKS if not (site/page_name(n)).exists()]
+    missing = [str(n.relative_to(ROOT)) for n in NOTEBOOKS if not (site / page_name(n)).exists()]
     assert not missing
 
 
@@ -82,7 +89,7 @@ def test_internal_links_resolve_to_page_and_place(site, pages):
             path, place = urldefrag(href)
             if re.match(r"[a-z]+:|//", path):
                 continue
-            target = (page.parent/unquote(path)).resolve() if path else page
+            target = (page.parent / unquote(path)).resolve() if path else page
             if target.is_dir():
                 target /= "index.html"
             if not target.exists():
@@ -93,7 +100,12 @@ def test_internal_links_resolve_to_page_and_place(site, pages):
 
 
 def test_nothing_is_loaded_from_elsewhere(site, pages):
-    away = [f"{p.relative_to(site)}: {r}" for p, found in pages.items() for r in found.resources if re.match(r"https?:|//", r)]
+    away = [
+        f"{p.relative_to(site)}: {r}"
+        for p, found in pages.items()
+        for r in found.resources
+        if re.match(r"https?:|//", r)
+    ]
     assert not away, "\n".join(away)
 
 
@@ -106,9 +118,11 @@ def test_no_markup_leaks_into_the_text(site):
 
 
 def test_source_notebooks_suit_plain_nbdev_docs():
-    "nbdev takes the whole title cell as front matter: prose after title and quotation would vanish from the page."
+    "nbdev takes the whole title cell as front matter: prose after title and quotation would vanish."
     for path in NOTEBOOKS:
-        cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+        cells = [
+            c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"
+        ]
         title = next("".join(c["source"]) for c in cells if "".join(c["source"]).startswith("# "))
         rest = [line for line in title.split("\n")[1:] if line.strip() and not line.startswith(">")]
         assert not rest, f"{path.relative_to(ROOT)}: put {rest[0]!r} into a cell of its own below the title"
@@ -116,8 +130,12 @@ def test_source_notebooks_suit_plain_nbdev_docs():
 
 def test_readme_names_only_files_that_exist():
     for readme in ("README.md", "README.ko.md"):
-        text = (ROOT/readme).read_text(encoding="utf-8")
-        gone = [m for m in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not re.match(r"[a-z]+:", m) and not (ROOT/m).exists()]
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        gone = [
+            m
+            for m in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+            if not re.match(r"[a-z]+:", m) and not (ROOT / m).exists()
+        ]
         assert not gone, f"{readme}: {gone}"
 
 
@@ -131,7 +149,9 @@ class TestInChromium:
             name = path.relative_to(site).as_posix()
             formulas = len(re.findall(r'<span class="math', path.read_text(encoding="utf-8")))
             page.goto(address + name)
-            page.wait_for_function("n => document.querySelectorAll('.katex').length >= n", arg=formulas, timeout=10_000)
+            page.wait_for_function(
+                "n => document.querySelectorAll('.katex').length >= n", arg=formulas, timeout=10_000
+            )
             wrong = page.locator(".katex-error, .katex [style*='#cc0000'], .katex [style*='204, 0, 0']")
             assert wrong.count() == 0, f"{name}: {wrong.first.inner_text()}"
             assert not faults, f"{name}: {faults}"
@@ -149,7 +169,10 @@ class TestInChromium:
         first = page.locator(".smalldocs-search-results .search-result").first
         first.wait_for(timeout=5000)
         assert page.locator(".smalldocs-search-results .search-result", has_text="gae").count() > 0
-        colours = first.evaluate("e => [getComputedStyle(e).color, getComputedStyle(e.closest('.smalldocs-search-results')).backgroundColor]")
+        colours = first.evaluate(
+            "e => [e, e.closest('.smalldocs-search-results')].map(getComputedStyle)"
+            ".map((s, i) => i ? s.backgroundColor : s.color)"
+        )
         assert contrast(*colours) > 4.5, colours
         first.click()
         page.wait_for_load_state()
@@ -170,8 +193,13 @@ class TestInChromium:
 
 def contrast(front, back):
     "WCAG contrast ratio of two CSS colours."
+
     def luminance(css):
-        rgb = [int(x)/255 for x in re.findall(r"\d+", css)[:3]]
-        return sum(w*(c/12.92 if c <= .03928 else ((c+.055)/1.055)**2.4) for w, c in zip((.2126, .7152, .0722), rgb))
+        rgb = [int(x) / 255 for x in re.findall(r"\d+", css)[:3]]
+        return sum(
+            w * (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4)
+            for w, c in zip((0.2126, 0.7152, 0.0722), rgb)
+        )
+
     a, b = sorted((luminance(front), luminance(back)))
-    return (b+.05)/(a+.05)
+    return (b + 0.05) / (a + 0.05)

@@ -1,9 +1,10 @@
 """Build the documentation site and README.md with no network and no Quarto: `make docs`.
 
-The source notebooks and `_quarto.yml` stay as nbdev expects them, so plain `nbdev_docs` works where Quarto is.
-Here nbdev processes the notebooks, smalldocs (in an environment of its own) lays them out, and the rest of this
-file mends what the two leave open: page names, links between pages, formulas without a CDN.
+The source notebooks and `_quarto.yml` stay as nbdev expects them, for plain `nbdev_docs` where Quarto is. Here
+nbdev processes the notebooks, smalldocs (in an environment of its own) lays them out, and the rest of this file
+mends what the two leave open: page names, links between pages, formulas without a CDN.
 """
+
 import argparse
 import ast
 import json
@@ -16,7 +17,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NBS, PROC, OUT = ROOT/"nbs", ROOT/"_proc", ROOT/"_docs"
+NBS, PROC, OUT = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
 KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
 STAGES = r"\b\d\d_(\w+)\.ipynb"
 MACHINERY = {  # rooms in the order of a walk through the house; a room that is not named here goes under More
@@ -24,10 +25,11 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Data": "readers workers dedup convert chat_encode fasttok tokenized packing",
     "Models": "embedded fixtures memory streaming tensorfile audit experts4bit trainer",
     "Tasks": "answers tasks partition calibration observations code_env",
-    "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_watch sandbox_judge sandbox_evidence sandbox_seal sandbox_io sandbox_tests "
-               "sandbox_verdict isolation sandbox_attacks sandbox_canary",
-    "Learning": "team engine rollout ppo learner session",
-    "Seeing": "passk evaluations plots curves report runs_table chat"}
+    "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_watch sandbox_judge sandbox_evidence sandbox_seal "
+    "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
+    "Learning": "team attention engine rollout ppo learner session",
+    "Seeing": "passk evaluations plots curves report runs_table chat",
+}
 GUIDES = "bring_your_own_data bring_your_own_tasks add_an_agent change_the_reward troubleshooting".split()
 
 
@@ -37,21 +39,27 @@ def say(text):
 
 def reading_order(folder, known):
     "The folder's pages: those named in `known` first, in that order, then the others by name."
-    pages = [p for p in (NBS/folder).glob("*.*") if p.suffix in (".ipynb", ".md") and p.name[0] not in "._"]
+    pages = [p for p in (NBS / folder).glob("*.*") if p.suffix in (".ipynb", ".md") and p.name[0] not in "._"]
     order = sorted(pages, key=lambda p: (known.index(p.stem) if p.stem in known else 99, p.stem))
     return [f"{folder}/{p.name}" for p in order]
 
 
 def title(path):
     "The heading of a notebook."
-    cells = json.loads((NBS/path).read_text(encoding="utf-8"))["cells"]
-    return next(m[1] for c in cells if c["cell_type"] == "markdown" and (m := re.match(r"#\s+(.+)", "".join(c["source"]))))
+    cells = json.loads((NBS / path).read_text(encoding="utf-8"))["cells"]
+    return next(
+        m[1]
+        for c in cells
+        if c["cell_type"] == "markdown" and (m := re.match(r"#\s+(.+)", "".join(c["source"])))
+    )
 
 
 def section(name, pages, depth=6):
     "One section of the sidebar."
-    pad = " "*depth
-    return [f"{pad}- section: {name}", f"{pad}  contents:", *(f"{pad}    - {p}" for p in pages)] if pages else []
+    pad = " " * depth
+    return (
+        [f"{pad}- section: {name}", f"{pad}  contents:", *(f"{pad}    - {p}" for p in pages)] if pages else []
+    )
 
 
 def write(path, text, check):
@@ -67,45 +75,59 @@ def write(path, text, check):
 
 def write_sidebar(check):
     "nbs/sidebar.yml in reading order; `custom_sidebar = True` in settings.ini keeps nbdev from replacing it."
-    stages = [f'{{text: "{p.name[:2]} {title(p.name)}", href: {p.name}}}' for p in sorted(NBS.glob("[0-9][0-9]_*.ipynb"))]
+    stages = [
+        f'{{text: "{p.name[:2]} {title(p.name)}", href: {p.name}}}'
+        for p in sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+    ]
     rooms = {name: words.split() for name, words in MACHINERY.items()}
     order = reading_order("machinery", sum(rooms.values(), []))
-    lines = ["website:", "  sidebar:", "    contents:", "      - index.ipynb", *section("The eight stages", stages),
-             *section("Guides", reading_order("guides", GUIDES)), "      - section: Machinery", "        contents:"]
+    lines = [
+        "website:",
+        "  sidebar:",
+        "    contents:",
+        "      - index.ipynb",
+        *section("The eight stages", stages),
+        *section("Guides", reading_order("guides", GUIDES)),
+        "      - section: Machinery",
+        "        contents:",
+    ]
     for name, words in rooms.items():
         mine = [p for p in order if Path(p).stem in words]
         order = [p for p in order if p not in mine]
         lines += section(name, mine, 10)
     lines += section("More", order, 10)
-    write(NBS/"sidebar.yml", "\n".join(lines) + "\n", check)
+    write(NBS / "sidebar.yml", "\n".join(lines) + "\n", check)
 
 
 def environment():
     "The Python of `.venv-docs`, made on first use from the pins beside this file."
-    home, pins = ROOT/".venv-docs", Path(__file__).with_name("requirements.txt")
-    python, stamp = home/"bin"/"python", home/"pins.txt"
+    home, pins = ROOT / ".venv-docs", Path(__file__).with_name("requirements.txt")
+    python, stamp = home / "bin" / "python", home / "pins.txt"
     if stamp.exists() and stamp.read_text() == pins.read_text():
         return python
     say(f"making {home.name} for the site builder (once, about 20 s)")
     venv.create(home, with_pip=True, clear=True)
     done = subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", pins])
     if done.returncode:
-        sys.exit(f"docs: pip could not install {pins.relative_to(ROOT)} (its message is above); "
-                 "the site needs it once, so run `make docs` again where a package index can be reached")
+        sys.exit(
+            f"docs: pip could not install {pins.relative_to(ROOT)} (its message is above); "
+            "the site needs it once, so run `make docs` again where a package index can be reached"
+        )
     stamp.write_text(pins.read_text())
     return python
 
 
 def split_title(nb):
-    "nbdev turns the whole cell that holds the title into front matter: keep what follows title and quotation."
+    "nbdev turns the whole title cell into front matter: keep what follows title and quotation."
     from execnb.nbio import mk_cell
+
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "markdown" and cell.source.lstrip().startswith("# "):
             head = re.match(r"\s*#\s[^\n]*(\n+>[^\n]*(\n>[^\n]*)*)?", cell.source)
-            rest = cell.source[head.end():].strip()
+            rest = cell.source[head.end() :].strip()
             cell.source = head.group(0)
             if rest:
-                nb.cells.insert(i+1, mk_cell(rest, "markdown"))
+                nb.cells.insert(i + 1, mk_cell(rest, "markdown"))
             return
 
 
@@ -114,17 +136,20 @@ def parts(cell, defs):
     from execnb.nbio import mk_cell
     from fastcore.basics import AttrDict
     from nbdev.showdoc import showdoc_nm
+
     lines, out = cell.source.split("\n"), []
-    starts = [min([d.lineno, *(x.lineno for x in d.decorator_list)])-1 for d in defs]
+    starts = [min([d.lineno, *(x.lineno for x in d.decorator_list)]) - 1 for d in defs]
     for d, a, b in zip([None, *defs], [1, *starts], [*starts, len(lines)]):
         code = "\n".join(lines[a:b]).strip("\n")
-        out += ([mk_cell(f"### {showdoc_nm(d)}", "markdown")] if d else []) + ([mk_cell(code, metadata=AttrDict())] if code else [])
+        out += ([mk_cell(f"### {showdoc_nm(d)}", "markdown")] if d else []) + (
+            [mk_cell(code, metadata=AttrDict())] if code else []
+        )
     out[-1]["outputs"] = cell.get("outputs", [])
     return out
 
 
 def show_exports(nb):
-    "An exported definition is shown as it is written, docments included, under a heading that links can name."
+    "An exported definition is shown as it is written, under a heading that links can name."
     defs, imports = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef), (ast.Import, ast.ImportFrom)
     cells = []
     for cell in nb.cells:
@@ -138,12 +163,13 @@ def show_exports(nb):
 
 
 def process(check):
-    "nbdev's steps of `nbdev_docs` up to the call of Quarto: indexes, cell directives, links; the copy lands in _proc."
+    "nbdev's steps up to the call of Quarto: indexes, cell directives, links; the copy lands in _proc."
     os.chdir(ROOT)
     import nbdev.doclinks
     import nbdev.serve
     from nbdev.processors import add_show_docs, exec_show_docs, mv_exports
     from nbdev.quarto import refresh_quarto_yml
+
     write_sidebar(check)
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
@@ -165,7 +191,7 @@ def process(check):
 
 def rename_pages():
     "05_appo.ipynb becomes appo.ipynb, as nbdev's `output-file` asks; links in pages and sidebar follow."
-    for path in [*PROC.rglob("*.ipynb"), *PROC.rglob("*.md"), PROC/"sidebar.yml", PROC/"_quarto.yml"]:
+    for path in [*PROC.rglob("*.ipynb"), *PROC.rglob("*.md"), PROC / "sidebar.yml", PROC / "_quarto.yml"]:
         text = path.read_text(encoding="utf-8")
         text = re.sub(STAGES, r"\1.ipynb", text)
         path.write_text(text, encoding="utf-8")
@@ -176,30 +202,36 @@ def rename_pages():
 def known_pages(yml):
     "Leave out of a menu the pages that do not exist (a stage notebook that is not written yet)."
     lines = yml.read_text().splitlines()
-    keep = [l for l in lines if not (m := re.fullmatch(r"\s*- (\S+\.ipynb)", l)) or (PROC/m[1]).exists()]
+    keep = [l for l in lines if not (m := re.fullmatch(r"\s*- (\S+\.ipynb)", l)) or (PROC / m[1]).exists()]
     yml.write_text("\n".join(keep) + "\n")
 
 
 def mend(page, site, base):
     "One HTML page: formulas from our own copy of KaTeX, links to this site relative."
     text = page.read_text(encoding="utf-8")
-    up = "../"*len(page.relative_to(site).parents[:-1]) if page.parent != site else ""
+    up = "../" * len(page.relative_to(site).parents[:-1]) if page.parent != site else ""
     text = KATEX_CDN.sub(f"{up}_static/katex", text)
-    text = re.sub(rf'(<a\b[^>]*\bhref="){re.escape(base)}/?(?:([^"]*))"', lambda m: f'{m[1]}{up}{m[2] or "index.html"}"', text)
+    text = re.sub(
+        rf'(<a\b[^>]*\bhref="){re.escape(base)}/?(?:([^"]*))"',
+        lambda m: f'{m[1]}{up}{m[2] or "index.html"}"',
+        text,
+    )
     page.write_text(text, encoding="utf-8")
 
 
 def render(cfg):
     "smalldocs turns _proc into HTML; the mended site replaces _docs in one move."
-    known_pages(PROC/"_quarto.yml")
-    done = subprocess.run([environment().with_name("smalldocs"), "render", PROC], capture_output=True, text=True)
+    known_pages(PROC / "_quarto.yml")
+    done = subprocess.run(
+        [environment().with_name("smalldocs"), "render", PROC], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"docs: smalldocs failed\n{done.stdout}{done.stderr}")
     for line in done.stderr.splitlines():
         if "warning" in line and "output-file" not in line:  # rename_pages did what it asks for
             say(line)
-    site = PROC/OUT.name
-    shutil.copytree(NBS/"_static", site/"_static", dirs_exist_ok=True)
+    site = PROC / OUT.name
+    shutil.copytree(NBS / "_static", site / "_static", dirs_exist_ok=True)
     for page in site.rglob("*.html"):
         mend(page, site, cfg.doc_host.rstrip("/") + cfg.doc_baseurl.rstrip("/"))
     shutil.rmtree(OUT, ignore_errors=True)
@@ -212,28 +244,37 @@ def readme_text(cfg):
     import nbformat
     import yaml
     from nbconvert import MarkdownExporter
-    nb = nbformat.read(PROC/"index.ipynb", 4)
+
+    nb = nbformat.read(PROC / "index.ipynb", 4)
     front = nb.cells.pop(0).source
     front = yaml.safe_load(front.strip().strip("-"))
     nb.cells = [c for c in nb.cells if "AUTOGENERATED" not in c.source]
     body = MarkdownExporter().from_notebook_node(nb)[0]
     base = re.escape(cfg.doc_host.rstrip("/") + cfg.doc_baseurl.rstrip("/"))
-    source = {p.stem[3:] if p.stem[:2].isdigit() else p.stem: p.relative_to(ROOT).as_posix()
-              for p in NBS.rglob("*.ipynb") if not any(q[0] in "._" for q in p.relative_to(NBS).parts)}
+    source = {
+        p.stem[3:] if p.stem[:2].isdigit() else p.stem: p.relative_to(ROOT).as_posix()
+        for p in NBS.rglob("*.ipynb")
+        if not any(q[0] in "._" for q in p.relative_to(NBS).parts)
+    }
     body = re.sub(rf"\]\({base}/(?:\w+/)*(\w+)\.html(?:#[^)]*)?\)", lambda m: f"]({source[m[1]]})", body)
-    body = re.sub(r"\]\((?![a-z]+:|#|/|nbs/)((?:\.\./)*)([^)\s]+)\)",
-                  lambda m: f"]({m[2]})" if m[1] else f"](nbs/{m[2]})", body)
+    body = re.sub(
+        r"\]\((?![a-z]+:|#|/|nbs/)((?:\.\./)*)([^)\s]+)\)",
+        lambda m: f"]({m[2]})" if m[1] else f"](nbs/{m[2]})",
+        body,
+    )
     note = "<!-- Made from nbs/index.ipynb by `make docs`: edit the notebook. -->"
     return f"{note}\n# {front['title']}\n\n> {front['description']}\n\n{body.strip()}\n"
 
 
 def main():
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    args.add_argument("--check", action="store_true", help="fail when README.md or nbs/sidebar.yml would change")
+    args.add_argument(
+        "--check", action="store_true", help="fail when README.md or nbs/sidebar.yml would change"
+    )
     opts = args.parse_args()
     say("nbdev processes the notebooks")
     cfg = process(opts.check)
-    write(ROOT/"README.md", readme_text(cfg), opts.check)
+    write(ROOT / "README.md", readme_text(cfg), opts.check)
     rename_pages()
     n = render(cfg)
     say(f"{n} pages in {OUT.name}/: open {OUT.name}/index.html through `python -m http.server -d {OUT.name}`")
