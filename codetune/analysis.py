@@ -68,8 +68,7 @@ def choose_runs(
         if not done: raise ValueError("no complete training run yet; `make run` makes one")
         return done[-1:]
     parts = [p.strip() for p in spec.split(",") if p.strip()]
-    places = [p for p in parts if Path(p).exists() or not Path(p).is_absolute()]
-    found = {r["dir"]: r for p in places for r in find_runs(p)}
+    found = {r["dir"]: r for p in parts for r in find_runs(p)}
     if not found: raise ValueError(f"no run matches {spec!r}; `codetune runs` lists what there is")
     return sorted(found.values(), key=lambda r: r.get("started") or "")
 

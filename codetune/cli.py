@@ -5,49 +5,58 @@
 # %% auto #0
 __all__ = ['TOOLS', 'DIRECT', 'usage', 'run_command', 'pipeline_command', 'parse_direct', 'direct_command', 'main']
 
-# %% ../nbs/machinery/cli.ipynb #c002
+# %% ../nbs/machinery/cli.ipynb #c003
 import argparse,importlib,os,re,sys
 
 from .config import check_names,configure,load_recipe,read_fields
 from .hints import hint
 from .runner import STAGES,StageFailed,find_stage,run_pipeline,run_stage,stage_parameters,yield_to_env
 
-# %% ../nbs/machinery/cli.ipynb #c005
+# %% ../nbs/machinery/cli.ipynb #c006
 TOOLS = {  # command -> module, function taking argv and returning an exit status, what it does
-    "convert":("codetune.convert", "convert_command", "raw files of any shape -> ChatML, tokenized with --tokenize"),
+    "convert":("codetune.convert", "convert_command",
+        "raw files of any shape -> ChatML, tokenized with --tokenize"),
     "show-mask":("codetune.chatml_tokenize", "show_mask_command", "colour a row by what is trained"),
-    "convert-bigcodebench":("codetune.tasks", "convert_bigcodebench_command", "BigCodeBench rows -> a task file"),
+    "convert-bigcodebench":("codetune.tasks", "convert_bigcodebench_command",
+        "BigCodeBench rows -> a task file"),
     "calibrate":("codetune.tasks", "calibrate_command", "run every canonical solution and an empty body"),
     "runs":("codetune.runs_table", "runs_command", "list, sort and filter runs"),
     "chat":("codetune.chat", "chat_command", "talk to a base, adapter, merged model or team"),
     "doctor":("codetune.doctor", "doctor_command", "what this machine has, what is missing, how to get it"),
 }
-DIRECT = {  # command -> stage, what it does; works under `accelerate launch -m codetune.cli`
+DIRECT = {  # command -> stage, what it does
     "sft":("03_sft", "supervised fine-tuning: full, LoRA or QLoRA"),
     "appo":("05_appo", "multi-agent reinforcement fine-tuning"),
     "merge":("06_merge", "fold an adapter into its base"),
+    "analysis":("07_analysis", "pass@k, comparisons, plots and a model card from runs or models"),
 }
-_about = {"run":"execute a stage notebook headlessly", "pipeline":"chain stages as nbs/pipelines/NAME.yaml says"}
+_many = ("sft","appo")  # those that several processes can share
+_about = {"run":"execute a stage notebook headlessly",
+    "pipeline":"chain stages as nbs/pipelines/NAME.yaml says"}
 
 def usage(
 )->str:  # what `codetune --help` prints
     "One line per command."
     lines = {**_about, **{n:a for n,(_,a) in DIRECT.items()}, **{n:a for n,(*_,a) in TOOLS.items()}}
     body = "\n".join(f"  {name:<22}{about}" for name,about in lines.items())
-    return f"usage: codetune COMMAND ...\n\n{body}\n\n`codetune COMMAND --help` explains each. Stages: {', '.join(STAGES)}"
+    return (f"usage: codetune COMMAND ...\n\n{body}\n\n"
+        f"`codetune COMMAND --help` explains each. Stages: {', '.join(STAGES)}")
 
-# %% ../nbs/machinery/cli.ipynb #c008
+# %% ../nbs/machinery/cli.ipynb #c009
 def _shared(parser):
     "The options that run and pipeline have in common."
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME","VALUE"), help="set a parameter; repeat for more")
-    parser.add_argument("-q", "--quiet", action="store_true", help="keep the stages' printed output to their notebooks")
+    add = parser.add_argument
+    add("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME","VALUE"),
+        help="set a parameter; repeat for more")
+    add("-q", "--quiet", action="store_true", help="keep the stages' printed output to their notebooks")
     return parser
 
 def run_command(
     argv:list[str],  # the words after `codetune run`
 )->int:              # exit status
     "Execute one stage."
-    p = _shared(argparse.ArgumentParser("codetune run", description="Execute a stage notebook headlessly; the executed copy goes into its run directory."))
+    about = "Execute a stage notebook headlessly; the executed copy goes into its run directory."
+    p = _shared(argparse.ArgumentParser("codetune run", description=about))
     p.add_argument("stage", help="05_appo, 05, appo, or a notebook's path")
     p.add_argument("-f", "--recipe", help="flat YAML file of parameters, or the name of one in nbs/recipes")
     p.add_argument("-o", "--output", help="also copy the executed notebook here")
@@ -64,15 +73,18 @@ def pipeline_command(
     argv:list[str],  # the words after `codetune pipeline`
 )->int:              # exit status
     "Run a pipeline."
-    p = _shared(argparse.ArgumentParser("codetune pipeline", description="Run the stages of nbs/pipelines/NAME.yaml in order. -p NAME VALUE reaches every stage that takes NAME, -p STAGE.NAME VALUE one."))
+    about = "Run the stages of nbs/pipelines/NAME.yaml in order. "
+    reach = "-p NAME VALUE reaches every stage that takes NAME, -p STAGE.NAME VALUE one."
+    p = _shared(argparse.ArgumentParser("codetune pipeline", description=about+reach))
     p.add_argument("name", help="quickstart, or a path")
-    p.add_argument("--resume", action="store_true", help="skip stages whose inputs, code and parameters are unchanged")
+    p.add_argument("--resume", action="store_true",
+        help="skip stages whose inputs, code and parameters are unchanged")
     args = p.parse_args(argv)
     done = run_pipeline(args.name, dict(args.parameter), args.resume, args.quiet)
     for stage,summary in done.items(): print(f"  {stage:<12} {summary['run_dir']}")
     return 0
 
-# %% ../nbs/machinery/cli.ipynb #c010
+# %% ../nbs/machinery/cli.ipynb #c011
 def _flags(argv, known):
     "`argv` as (name -> text, positional words); raises ValueError for unknown flags and missing values."
     types = {f["name"]:f["type"] for f in known}
@@ -82,7 +94,8 @@ def _flags(argv, known):
         if not re.match(r"--?[A-Za-z]", word): rest.append(word); continue
         name,eq,value = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
-        if name.startswith("no_") and types.get(name[3:], "").startswith("bool"): given[name[3:]] = "false"; continue
+        if name.startswith("no_") and types.get(name[3:], "").startswith("bool"):
+            given[name[3:]] = "false"; continue
         check_names([name], [*types, "recipe"], "the command")
         spelt = words and words[0].lower() in ("true","false","none","null")
         if not eq and types.get(name, "").startswith("bool"): value = words.pop(0) if spelt else "true"
@@ -92,27 +105,35 @@ def _flags(argv, known):
         given[name] = value
     return given,rest
 
-# %% ../nbs/machinery/cli.ipynb #c013
-_positions = {"qlora":("data_path","output_dir","experiment_name"), "lora":("data_path","model_name_or_path","output_dir"), "full":("data_path","model_name_or_path","output_dir")}
+# %% ../nbs/machinery/cli.ipynb #c014
+_lora = ("data_path","model_name_or_path","output_dir")
+_positions = {"qlora":("data_path","output_dir","experiment_name"), "lora":_lora, "full":_lora}
 
 def _place(command, given, rest):
     "Positional words as parameters; a command that takes none refuses them (ValueError)."
     if not rest: return given
     if command!="sft": raise ValueError(f"codetune {command} takes flags only; {rest[0]!r} is not one")
     names = _positions[given.get("method", "qlora")]
-    if len(rest)>len(names): raise ValueError(f"codetune sft --method {given.get('method','qlora')} takes at most {len(names)} words ({', '.join(names)}), got {rest}")
+    if len(rest)>len(names):
+        command = f"codetune sft --method {given.get('method','qlora')}"
+        raise ValueError(f"{command} takes at most {len(names)} words ({', '.join(names)}), got {rest}")
     twice = [n for n,_ in zip(names, rest) if n in given]
     if twice: raise ValueError(f"{twice[0]} was given twice, as a flag and by position")
     return {**given, **dict(zip(names, rest))}
 
 def _explain(command, stage, fields):
     "The help of a direct command."
-    rows = "\n".join(f"  --{f['name']:<30}{f['help']} [{f['default']}{', $'+f['env'] if f['env'] else ''}]" for f in fields)
-    forms = "\n".join(f"  codetune sft --method {m} {' '.join(f'[{w.upper()}]' for w in ws)}" for m,ws in _positions.items()) if command=="sft" else ""
-    return (f"usage: codetune {command} [-f RECIPE] [--NAME VALUE ...]\n{forms}\n\n{DIRECT[command][1]}: the stage {stage} without papermill.\n"
-            f"Several processes: accelerate launch -m codetune.cli {command} -f RECIPE\n\n  -f, --recipe{'':<20}flat YAML file of parameters\n{rows}")
+    env = lambda f: ", $"+f["env"] if f["env"] else ""
+    rows = "\n".join(f"  --{f['name']:<30}{f['help']} [{f['default']}{env(f)}]" for f in fields)
+    words = lambda ws: " ".join(f"[{w.upper()}]" for w in ws)
+    methods = _positions if command=="sft" else {}
+    forms = "".join(f"  codetune sft --method {m} {words(ws)}\n" for m,ws in methods.items())
+    many = f"Several processes: accelerate launch -m codetune.cli {command} -f RECIPE\n"*(command in _many)
+    return (f"usage: codetune {command} [-f RECIPE] [--NAME VALUE ...]\n{forms}\n"
+        f"{DIRECT[command][1]}: the stage {stage} without papermill.\n{many}\n"
+        f"  -f, --recipe{'':<20}flat YAML file of parameters\n{rows}")
 
-# %% ../nbs/machinery/cli.ipynb #c015
+# %% ../nbs/machinery/cli.ipynb #c016
 def parse_direct(
     command:str,       # a key of `DIRECT`
     argv:list[str],    # the words after it
@@ -140,7 +161,7 @@ def direct_command(
     with code.start_run(cfg) as run: run.finish(getattr(code, entry)(cfg, run))
     return 0
 
-# %% ../nbs/machinery/cli.ipynb #c017
+# %% ../nbs/machinery/cli.ipynb #c018
 def _dispatch(command, argv):
     "Run one command; returns its exit status."
     if command in _about: return {"run":run_command, "pipeline":pipeline_command}[command](argv)
@@ -150,19 +171,21 @@ def _dispatch(command, argv):
 
 def main(
     argv:list[str]|None=None,  # words of the command line; None takes the process's
-)->int:                        # exit status: 0 done, 1 a stage failed, 2 wrong use, 3 rejected rows (`convert`), 130 interrupted
+)->int:                        # 0 done, 1 a stage failed, 2 wrong use, 3 rejected rows (`convert`), 130 interrupted
     "The `codetune` command."
     command,*rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h","--help","help"): print(usage()); return 0
     try:
-        check_names([command], [*_about, *DIRECT, *TOOLS], "codetune")
+        check_names([command], [*_about, *DIRECT, *TOOLS], "codetune", kind="command")
         return _dispatch(command, rest)
     except KeyboardInterrupt: print(f"codetune {command}: interrupted", file=sys.stderr); return 130
     except Exception as e:
-        expected,help_ = isinstance(e, (ValueError,FileNotFoundError,FileExistsError,StageFailed)),hint(e)
+        expected = isinstance(e, (ValueError,FileNotFoundError,FileExistsError,StageFailed))
+        help_ = hint(e)
         if os.environ.get("CODETUNE_DEBUG") or not (expected or help_): raise
         print(f"codetune {command}: {e}" + (f"\n{help_}" if help_ else ""), file=sys.stderr)
         return 2 if expected and not isinstance(e, StageFailed) else 1
 
-# %% ../nbs/machinery/cli.ipynb #c018
-if __name__=="__main__" and "__file__" in globals(): sys.exit(main())  # `python -m codetune.cli`; a notebook has no __file__
+# %% ../nbs/machinery/cli.ipynb #c019
+# `python -m codetune.cli`; in a notebook the name is __main__ too, but there is no __file__
+if __name__=="__main__" and "__file__" in globals(): sys.exit(main())

@@ -34,7 +34,9 @@ def asset(
     "A file that ships with codetune; a missing one raises `FileNotFoundError`."
     root = Path(importlib.util.find_spec("codetune").submodule_search_locations[0])/"assets"
     path = root.joinpath(*parts)
-    if not path.exists(): raise FileNotFoundError(f"{path} does not ship with codetune; assets are {sorted(p.name for p in root.iterdir())}")
+    if not path.exists():
+        there = sorted(p.name for p in root.iterdir())
+        raise FileNotFoundError(f"{path} does not ship with codetune; assets are {there}")
     return path
 
 # %% ../nbs/machinery/config.ipynb #c009
@@ -45,13 +47,15 @@ def _number(value, typ):
     if isinstance(value, bool): raise ValueError
     number = float(value)
     if typ is float: return number
-    whole = int(value) if isinstance(value, (int,str)) and re.fullmatch(r"\s*[-+]?\d+\s*", str(value)) else int(number)
+    exact = isinstance(value, (int,str)) and re.fullmatch(r"\s*[-+]?\d+\s*", str(value))
+    whole = int(value) if exact else int(number)
     if whole != number: raise ValueError
     return whole
 
 def _items(value, typ):
     "A list from a list, a JSON or YAML list, or text with commas."
-    if isinstance(value, str): value = yaml.safe_load(value) if value.lstrip().startswith("[") else [v.strip() for v in value.split(",") if v.strip()]
+    if isinstance(value, str) and value.lstrip().startswith("["): value = yaml.safe_load(value)
+    elif isinstance(value, str): value = [v.strip() for v in value.split(",") if v.strip()]
     if not isinstance(value, (list,tuple)): raise ValueError
     item = (typing.get_args(typ) or (object,))[0]
     return typing.get_origin(typ)(_convert(v, item) for v in value) if typing.get_origin(typ) else list(value)
@@ -61,7 +65,8 @@ def _convert(value, typ):
     "`value` as `typ`; raises ValueError or TypeError where it is not one."
     origin,args = typing.get_origin(typ) or typ, typing.get_args(typ)
     if origin in (typing.Union, types.UnionType):
-        if type(None) in args and (value is None or isinstance(value, str) and value.strip().lower() in ("", "none", "null")): return None
+        empty = value is None or isinstance(value, str) and value.strip().lower() in ("", "none", "null")
+        if type(None) in args and empty: return None
         for arg in args:
             if arg is type(None): continue
             try: return _convert(value, arg)
@@ -83,7 +88,8 @@ def _convert(value, typ):
 # %% ../nbs/machinery/config.ipynb #c011
 def _spell(typ):
     "`typ` the way one would write it in a parameters cell."
-    return typ.__name__ if isinstance(typ, type) and not typing.get_args(typ) else str(typ).replace("typing.", "").replace("NoneType", "None")
+    if isinstance(typ, type) and not typing.get_args(typ): return typ.__name__
+    return str(typ).replace("typing.", "").replace("NoneType", "None")
 
 def coerce(
     name:str,      # the parameter, for the error
@@ -93,13 +99,15 @@ def coerce(
     "`value` as the declared type; anything that does not spell one raises `ValueError`."
     try: return _convert(value, typ)
     except (ValueError,TypeError,KeyError,yaml.YAMLError):
-        raise ValueError(f"{name}={value!r} ({type(value).__name__}) is not {_spell(typ)}; write a value of that type") from None
+        got = f"{name}={value!r} ({type(value).__name__})"
+        raise ValueError(f"{got} is not {_spell(typ)}; write a value of that type") from None
 
 # %% ../nbs/machinery/config.ipynb #c014
 def check_names(
     names,         # names that arrived
     known,         # names that exist
     where:str="",  # what they were given to
+    kind:str="parameter",  # what they are
 ):
     "Refuse names that do not exist (`ValueError`), offering the nearest that does."
     known = list(known)
@@ -107,17 +115,18 @@ def check_names(
         if name in known: continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"unknown parameter {name}{hint}; {where or 'this notebook'} takes {', '.join(known)}")
+        raise ValueError(f"unknown {kind} {name}{hint}; {where or 'this notebook'} takes {', '.join(known)}")
 
 # %% ../nbs/machinery/config.ipynb #c017
 PARAMETERS = "# parameters:"  # first line of every parameters cell
 INJECTED = "# Parameters"      # first line of the cell that papermill injects
-_cells = {}                    # source of the last parameters cell and of the last injected one, and whose they are
+_cells = {}                    # source of the last parameters cell and the last injected one, and whose they are
 
 def _record(info):
     "IPython's `pre_run_cell` hook: keep the source of the two cells that set parameters."
     first = (info.raw_cell or "").lstrip().split("\n", 1)[0].strip()
-    if first.startswith(PARAMETERS): _cells.clear(); _cells.update(written=info.raw_cell, owner=id(get_ipython().user_global_ns))
+    if first.startswith(PARAMETERS):
+        _cells.clear(); _cells.update(written=info.raw_cell, owner=id(get_ipython().user_global_ns))
     elif first == INJECTED: _cells["injected"] = info.raw_cell
 
 def _recorded(ns):
@@ -130,7 +139,8 @@ def assigned(
     "The names that a cell assigns at its top level."
     found = {}
     for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) and node.value else []
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AnnAssign) and node.value: targets = [node.target]
         for target in targets:
             try: value = ast.literal_eval(node.value)
             except ValueError: value = ...
@@ -152,7 +162,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # %% ../nbs/machinery/config.ipynb #c022
 def _default(f):
     "The default of dataclass field `f`, or MISSING."
-    return f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else MISSING
+    if f.default is not MISSING: return f.default
+    return f.default_factory() if f.default_factory is not MISSING else MISSING
 
 def _sources(cls, ns, in_test, overrides):
     "For each field of `cls`: the raw value that wins, and where it came from."
@@ -166,7 +177,8 @@ def _sources(cls, ns, in_test, overrides):
         elif given is not MISSING and given != default: chosen[f.name] = given,"cell"
         elif env and os.environ.get(env): chosen[f.name] = os.environ[env],f"${env}"
         elif f.name in in_test and os.environ.get("IN_TEST"): chosen[f.name] = in_test[f.name],"IN_TEST"
-        elif default is MISSING: raise ValueError(f"{f.name} has no default and was not given; {cls.__name__} needs it")
+        elif default is MISSING:
+            raise ValueError(f"{f.name} has no default and was not given; {cls.__name__} needs it")
         else: chosen[f.name] = default,"default"
     return chosen
 
@@ -178,7 +190,7 @@ def configure(
     in_test:dict|None=None,    # smaller values under IN_TEST=1, where nothing else was given
     overrides:dict|None=None,  # values from flags or a recipe; they win over all else
 ):                             # an instance of `cls`
-    "Check names and types of every parameter and return the stage's configuration; wrong ones raise `ValueError`."
+    "Check names and types of every parameter, return the stage's configuration; wrong ones raise `ValueError`."
     names,hints = [f.name for f in fields(cls)],typing.get_type_hints(cls)
     ns,overrides,in_test = ({} if ns is None else ns),(overrides or {}),(in_test or {})
     written = [n for source in _recorded(ns).values() for n in assigned(source)]
@@ -197,16 +209,19 @@ def load_recipe(
     folder = project_root()/"nbs"/"recipes"
     tries = [resolve_path(path), Path(path).resolve(), folder/f"{path}", folder/f"{path}.yaml"]
     file = next((p for p in tries if p.is_file()), None)
-    if file is None: raise ValueError(f"no recipe {path}; nbs/recipes has {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}")
+    if file is None:
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ValueError(f"no recipe {path}; nbs/recipes has {there}")
     recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    if not isinstance(recipe, dict): raise ValueError(f"{file}: a recipe is `name: value` lines, this is a {type(recipe).__name__}")
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{file}: a recipe is `name: value` lines, this is a {type(recipe).__name__}")
     return recipe
 
 # %% ../nbs/machinery/config.ipynb #c033
 def read_fields(
     module:str,    # dotted name, e.g. `codetune.appo`; found but not imported
     cls:str,       # name of a dataclass in it
-)->list[dict]:     # name, type (source text), default (source text or None), env (variable or None), help (the comment)
+)->list[dict]:     # name, type and default (source text), env (variable or None), help (the comment)
     "The fields of a dataclass as its source states them."
     source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
     lines = source.splitlines()
@@ -217,8 +232,10 @@ def read_fields(
         default,env = (ast.get_source_segment(source, node.value) if node.value else None),None
         if default and default.startswith("field("):
             kw = {k.arg:ast.get_source_segment(source, k.value) for k in node.value.keywords}
-            default = kw.get("default", {"list":"[]","dict":"{}"}.get(kw.get("default_factory"), kw.get("default_factory", "").removeprefix("lambda:").strip()) or None)
+            made = kw.get("default_factory", "").removeprefix("lambda:").strip()
+            default = kw.get("default", {"list":"[]","dict":"{}"}.get(made, made) or None)
             env = (re.search(r"env[\"']?\s*[=:]\s*[\"'](\w+)", kw.get("metadata", "")) or [None,None])[1]
         note = lines[node.end_lineno-1][node.end_col_offset:].partition("#")[2].strip()
-        found.append(dict(name=node.target.id, type=ast.get_source_segment(source, node.annotation), default=default, env=env, help=note))
+        typ = ast.get_source_segment(source, node.annotation)
+        found.append(dict(name=node.target.id, type=typ, default=default, env=env, help=note))
     return found

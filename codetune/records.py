@@ -37,6 +37,7 @@ def _places(pattern):
     "The folders that `pattern` names."
     if not pattern: return [runs_root()]
     if resolve_path(pattern).exists(): return [resolve_path(pattern)]
+    if Path(pattern).is_absolute(): return [p for p in Path("/").glob(str(pattern)[1:]) if p.is_dir()]
     return [p for p in runs_root().glob(pattern) if p.is_dir()]
 
 def _json(path):

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from .records import find_runs, read_metrics
+from .records import find_runs, read_metrics, runs_root
 
 # %% ../nbs/machinery/runs_table.ipynb #c006
 HEADLINE = {"eval/pass_rate": max, "reward/pass_rate": max, "reward/mean": max} | dict.fromkeys(
@@ -104,7 +104,8 @@ def keeps(
         except (TypeError, ValueError): same = str(have)==want
         return same==(op=="=")
     if not isinstance(have, (int, float)): return False
-    want = float(want)
+    try: want = float(want)
+    except ValueError: raise ValueError(f"{condition!r}: {want!r} is no number; = and != compare text") from None
     return {"<": have<want, ">": have>want, "<=": have<=want, ">=": have>=want}[op]
 
 # %% ../nbs/machinery/runs_table.ipynb #c019
@@ -168,10 +169,11 @@ def runs_command(
     "Print the table of runs."
     args = runs_parser().parse_args(argv)
     found = {r["dir"]: r for p in args.pattern or [None] for r in find_runs(p)}
+    if args.pattern and not found:
+        raise ValueError(f"no run at or below {' '.join(args.pattern)}; patterns start at {runs_root()}")
     rows = [r for r in run_rows(list(found.values()), args.metric) if all(keeps(r, c) for c in args.filter)]
     if not rows: print("no run matches" if found else "no runs yet: `make run` makes some"); return 0
-    try: rows = sort_rows(rows, args.sort)
-    except ValueError as e: print(f"codetune runs: {e}", file=sys.stderr); return 2
+    rows = sort_rows(rows, args.sort)
     if args.format=="table": print(format_table(rows, args.columns))
     elif args.format=="json": print(json.dumps(rows, indent=1))
     else:
