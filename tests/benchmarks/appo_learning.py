@@ -2,7 +2,7 @@
 
     python tests/benchmarks/appo_learning.py train VARIANT SEED [name=value ...] [--out FOLDER]
     python tests/benchmarks/appo_learning.py report [--out FOLDER]
-    python tests/benchmarks/appo_learning.py all
+    python tests/benchmarks/appo_learning.py [all]
 
 Each `train` starts from the quickstart's SFT adapter (made by its first stages, once), runs nbs/recipes/quickstart_appo.yaml on the mini
 benchmark's training tasks, and answers all held-out tasks, 4 samples each, before (once per seed) and after. Variants:
@@ -126,7 +126,7 @@ def report(out):
 
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("what", choices=("train", "report", "all"))
+    ap.add_argument("what", nargs="?", default="all", choices=("train", "report", "all"))
     ap.add_argument("rest", nargs="*")
     ap.add_argument("--out", type=Path, default=HERE / "results" / "appo_learning")
     a = ap.parse_intermixed_args()
