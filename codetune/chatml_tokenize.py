@@ -20,7 +20,8 @@ from .config import asset,configure,resolve_path
 from .data_formats import Reject,dumps,n_workers,to_conversations
 from .data_report import FileStats
 from .fasttok import load_pack
-from .readers import find_files,read_blocks,records
+from .raw_files import find_files
+from .readers import read_blocks,records
 from .files import atomic_path,file_sha256,keep_previous,write_json
 from .runs import Run,set_seed
 from .workers import Workers

@@ -16,7 +16,7 @@ from .chatml_tokenize import token_options,tokenize_files
 from .data_formats import convert_files,make_options,n_workers
 from .data_report import merge_reports,report_text
 from .dedup import NearIndex,Seen
-from .readers import file_kind,find_files
+from .raw_files import find_files
 from .files import atomic_path,write_json
 
 # %% ../nbs/machinery/convert.ipynb #c006

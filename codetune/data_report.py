@@ -16,7 +16,7 @@ import orjson
 class FileStats:
     "Counts of one input file."
     def __init__(self, name):
-        self.name,self.counts,self.shapes,self.reasons,self.lengths = name,Counter(),Counter(),Counter(),array("I")
+        self.name,self.counts,self.shapes,self.reasons,self.lengths = name.encode(errors="replace").decode(),Counter(),Counter(),Counter(),array("I")
 
     def as_dict(self):
         c,n = self.counts,sorted(self.lengths)

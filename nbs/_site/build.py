@@ -22,7 +22,7 @@ KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
 STAGES = r"\b\d\d_(\w+)\.ipynb"
 MACHINERY = {  # rooms in the order of a walk through the house; a room that is not named here goes under More
     "Ground": "config files provenance records runs runner cli doctor hints",
-    "Data": "readers workers dedup convert chat_encode fasttok tokenized packing",
+    "Data": "raw_files json_values readers messages workers dedup convert chat_template chat_encode fasttok tokenized packing",
     "Models": "embedded fixtures memory streaming tensorfile audit experts4bit trainer",
     "Tasks": "answers tasks partition calibration observations code_env",
     "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_watch sandbox_judge sandbox_evidence sandbox_seal "
