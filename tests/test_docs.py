@@ -1,7 +1,9 @@
 "The site as a reader meets it: built offline; links, formulas, search; on a desk and on a phone."
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -203,3 +205,30 @@ def contrast(front, back):
 
     a, b = sorted((luminance(front), luminance(back)))
     return (b + 0.05) / (a + 0.05)
+
+
+@pytest.mark.long
+def test_plain_nbdev_docs_reaches_quarto(tmp_path):
+    "In a copy, with a Quarto that only notes how it was called: nbdev's own half of `nbdev_docs` must end well."
+    import yaml
+
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "copy" / name)
+    quarto = tmp_path / "bin" / "quarto"
+    quarto.parent.mkdir()
+    quarto.write_text('#!/bin/sh\necho "$@" in $PWD >> "$(dirname "$0")/calls"\nmkdir -p _docs\n')
+    quarto.chmod(0o755)
+    env = dict(os.environ, PATH=f"{quarto.parent}:{os.environ['PATH']}", PYTHONPATH=str(tmp_path / "copy"))
+    done = subprocess.run(
+        ["nbdev_docs", "--n_workers", "0"], cwd=tmp_path / "copy", env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"render --no-cache in {tmp_path}/copy/_proc" in (quarto.parent / "calls").read_text()
+    proc = tmp_path / "copy" / "_proc"
+    named = re.findall(r"[\w/]+\.(?:ipynb|md)", (proc / "sidebar.yml").read_text())
+    assert len(named) > 60 and not [n for n in named if not (proc / n).exists()]
+    for page in proc.rglob("*.ipynb"):
+        first = "".join(json.loads(page.read_text())["cells"][0]["source"])
+        assert yaml.safe_load(first.strip().strip("-"))["title"], page
