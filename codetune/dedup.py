@@ -114,10 +114,13 @@ def task_runs(
 
 def description(
     task:dict,  # a BigCodeBench row
-)->str:         # six words or more, empty where there are fewer or where a run tells enough
-    "A short task's whole description."
-    w = words(_intro.split(task.get("instruct_prompt") or "")[0])
-    return " ".join(w) if len(w)>=6 and not any(_tells(w[i:i+N]) for i in range(len(w)-N+1)) else ""
+)->str:         # at least six words; empty where a run tells enough
+    "What a short task is told by: its whole description, or its whole prompt where that is shorter still."
+    prompt = task.get("instruct_prompt") or ""
+    w = words(_intro.split(prompt)[0])
+    if any(_tells(w[i:i+N]) for i in range(len(w)-N+1)): return ""
+    w = w if len(w)>=6 else words(prompt)
+    return " ".join(w) if len(w)>=6 else ""
 
 # %% ../nbs/machinery/dedup.ipynb #c013
 class TaskIndex:

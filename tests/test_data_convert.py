@@ -178,16 +178,35 @@ def test_benchmark_tasks_are_kept_out(tmp_path):
     own = [dict(task_id="own/1", instruct_prompt="Paint every second fence post of the long street green and count the brushes that you need.", test="")]
     (tmp_path/"own.json").write_text(json.dumps(own))
     put(tmp_path, a__jsonl="\n".join([*leak, json.dumps({"question": own[0]["instruct_prompt"], "answer": "x"})]))
-    # what an elementary task says in a line, any text may say: those few words are not enough to tell it by
-    telling = lambda rows: sum(json.loads(t["doc_struct"])["difficulty"] != "elementary" for t in rows)
-    found = {}
     for mode, rows in (("test", test), ("all", [*test, *train]), ("none", [])):
         _, report, _, rest = run(tmp_path, "--decontaminate", mode)
-        found[mode] = report["totals"]["contaminated"]
-        assert telling(rows) <= found[mode] <= len(rows)
+        assert report["totals"]["contaminated"] == len(rows)
+        assert [r["source"] for r in rest if r["kind"] == "contaminated"] == [f"a.jsonl:{n}" for n in range(1, len(rows)+1)]
     _, report, _, rest = run(tmp_path, "--decontaminate-with", tmp_path/"own.json")
-    assert report["totals"]["contaminated"] == found["test"]+1 and "own/1" in rest[-1]["reason"]
+    assert report["totals"]["contaminated"] == len(test)+1 and "own/1" in rest[-1]["reason"]
     assert report["decontamination"]["tasks"] == 164+len(test)+1
+
+
+def test_same_bytes_for_any_block_size(tmp_path):
+    "Several blocks at each size, records and characters of three and four bytes across their borders, something broken in each file."
+    from codetune.chatml_tokenize import token_options, tokenize_files
+    from codetune.data_formats import convert_files, make_options
+    from codetune.readers import read_blocks
+    rows = [{"question": f"{n} 질문 👩‍👩‍👧 "+"é한"*(n % 97), "answer": "답 "*(n % 61)+str(n)} for n in range(2500)]
+    lines = [json.dumps(r, ensure_ascii=False) for r in rows]
+    put(tmp_path, a__jsonl="\n".join([*lines[:900], '{"question":', *lines[850:900]]), b__json="["+",\n".join(lines[900:1700])+', {"question": oops},\n'+lines[0]+"]",
+        c__csv="question,answer\n"+"".join(f'"{r["question"]}\nx",{r["answer"]}\n' for r in rows[1700:])+"a,b,c\n")
+    files = sorted((tmp_path/"raw").iterdir())
+    assert all(f.stat().st_size > 200_000 for f in files)
+    seen, tokens = set(), token_options(str(TOKENIZER), max_len=9999)
+    for size in (5, 1001, 4096, 65536):
+        assert all(len(list(read_blocks(f, block=size))) > 3 for f in files)
+        out = tmp_path/f"{size}.jsonl"
+        report = convert_files(files, [f.name for f in files], out, make_options(decontaminate="none", block_mb=size/2**20) | dict(workers=1))
+        assert report["totals"] == dict(records=2554, rows=2500, duplicates=51, contaminated=0, rejects=3)
+        tokenize_files([out], [out.stem], tmp_path/f"t{size}.jsonl", tokens | dict(block=size))
+        seen.add(tuple((tmp_path/f"{p}{size}{s}").read_bytes() for p in ("", "t") for s in (".jsonl", ".rejects.jsonl")))
+    assert len(seen) == 1
 
 
 def test_same_bytes_for_any_number_of_workers(tmp_path):

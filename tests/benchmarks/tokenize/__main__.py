@@ -2,7 +2,9 @@
 
     python tests/benchmarks/tokenize [--model FOLDER] [--gb 1] [--write]
 
-`--model` should have a Qwen-sized vocabulary (152 k), e.g. a folder with Qwen2.5's tokenizer; the embedded model has 49 k.
+`--model` is a folder with Qwen2.5's tokenizer, or any model with a vocabulary of that size. Without it one is trained on the
+Python sources that are installed here (151,643 byte-level tokens, Qwen's pattern and template; once, a minute or two, then kept
+in the cache), so that the figures need no network.
 Chats are made of the functions of Python's standard library: the docstring asks, the source answers. All engines run on
 one thread, side by side, in rounds; the best round of each counts. Every row is compared with transformers' ids and mask.
 """
@@ -26,6 +28,39 @@ GENERATION = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}
               "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}")
 BRANCH = ("{%- if message.role == \"assistant\" and not message.tool_calls %}{{- '<|im_start|>assistant\\n' }}{% generation %}{{- message.content + '<|im_end|>' }}"
           "{% endgeneration %}{{- '\\n' }}{%- elif (message.role == \"user\")")
+
+
+def built():
+    "A folder with a tokenizer of Qwen's size, trained on installed sources."
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    from codetune.embedded import cache_root
+    folder = cache_root()/"bench-tokenizer-151643"
+    if (folder/"tokenizer.json").exists(): return str(folder)
+    print("training a tokenizer of Qwen's size, once", flush=True)
+    fixture = Path(__file__).parents[2]/"fixtures"/"tokenizer"/"qwen25"
+    like = json.loads((fixture/"tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((fixture/"tokenizer_config.json").read_text(encoding="utf-8"))
+    tok = Tokenizer(models.BPE())
+    tok.normalizer, tok.decoder = normalizers.NFC(), decoders.ByteLevel()
+    split = like["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    trainer = trainers.BpeTrainer(vocab_size=151643, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tok.train_from_iterator(sources(100 << 20), trainer)
+    tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]); tok.add_tokens(["<tool_call>", "</tool_call>"])
+    PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", chat_template=config["chat_template"]).save_pretrained(folder)
+    return str(folder)
+
+
+def sources(limit):
+    "About `limit` bytes of installed Python files."
+    done = 0
+    for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
+        for path in sorted(Path(root).rglob("*.py")):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            yield text
+            done += len(text)
+            if done > limit: return
 
 
 def with_generation(template, system):
@@ -139,10 +174,11 @@ def memory(model, gb, workers):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="embedded"); p.add_argument("--chats", type=int, default=3000); p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--model", help="a folder, embedded, or a hub id; default: one built here"); p.add_argument("--chats", type=int, default=3000); p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--gb", type=float, default=1, help="size of the large file; 0 leaves it out"); p.add_argument("--workers", type=int, default=2)
     p.add_argument("--write", action="store_true", help="append to results/tokenize.md")
     args = p.parse_args()
+    args.model = args.model or built()
     vocab, n, tokens, speed = ratios(args.model, args.chats, args.rounds)
     ids, mask, ours = speed.values()
     print(f"{n} chats, {tokens} tokens, vocabulary {vocab}; every row equals transformers' ids and mask")
