@@ -9,6 +9,7 @@ __all__ = ['settle', 'imports', 'missing_libraries', 'calibrate', 'usable_tasks'
 import ast,json,subprocess,sys
 from collections import Counter
 from concurrent.futures import Future
+from functools import partial
 
 from .answers import canonical,compose
 
@@ -68,53 +69,72 @@ def _last_line(verdicts):
     text = next((v.output for v in verdicts if not v.passed and v.output), "")
     return text.strip().split("\n")[-1][:200] if isinstance(text, str) else ""
 
-# %% ../nbs/machinery/calibration.ipynb #c014
+# %% ../nbs/machinery/calibration.ipynb #c015
+def _record(task, good, empty, lacks):
+    "What is known of one task."
+    why = _judge(good, empty, lacks)
+    return dict(task_id=task["task_id"], usable=not why, reasons=why, baseline=max(v.fraction for v in empty),
+                missing=lacks, canonical=dict(Counter(v.status for v in good)),
+                empty=dict(Counter(v.status for v in empty)), n_tests=max(v.n_tests for v in good),
+                cpu_s=round(max(v.cpu_s for v in good), 4), wall_s=round(max(v.wall_s for v in good), 4),
+                mode=good[0].mode, message=_last_line(good))
+
+def _unreadable(task, why):
+    "The record of a task whose tests cannot be run at all."
+    return dict(task_id=task["task_id"], usable=False, reasons=[str(why)], baseline=0., missing=[], canonical={}, empty={},
+                n_tests=0, cpu_s=0., wall_s=0., mode="", message="")
+
+def _ask(submit, task, repeats):
+    "Futures of the canonical solution and of the empty body, each with its way to ask again."
+    jobs = [(s, k) for s in (canonical(task), "") for k in range(repeats)]
+    try: return [(submit(task, s, k), lambda s=s,k=k: submit(task, s, k)) for s,k in jobs]
+    except ValueError as e: return e                           # the tests define no test, or do not parse
+
+def _calibrate(tasks, submit, repeats, missing):
+    "One record a task."
+    for task,job in [(t, _ask(submit, t, repeats)) for t in tasks]:
+        if isinstance(job, ValueError): yield _unreadable(task, job); continue
+        verdicts = [settle(future, again) for future,again in job]
+        if any(v.status=="internal" for v in verdicts):
+            raise RuntimeError(f"{task['task_id']}: the sandbox failed twice: {verdicts[-1].output}; see "
+                               f"`codetune doctor`")
+        yield _record(task, verdicts[:repeats], verdicts[repeats:], missing.get(task["task_id"], []))
+
 def calibrate(
     tasks:list[dict],         # BigCodeBench rows
     pool,                     # a sandbox `Pool`, or anything with its `submit`
     repeats:int=3,            # runs of the canonical solution and of the empty body
     exec_timeout_s:float=10., # limit of one run, seconds
     python:str|None=None,     # interpreter of the pool, for the names of missing libraries; None = this one
-)->list[dict]:                # one record a task: task_id, usable, reasons, baseline, missing, …
+)->list[dict]:                # one record a task: task_id, usable, reasons, baseline, missing, mode, …
     "Run every canonical solution and an empty body several times; a broken sandbox raises `RuntimeError`."
     if repeats<1: raise ValueError(f"repeats={repeats} must be at least 1; 3 finds most tasks that flicker")
     missing = missing_libraries(tasks, python)
-    def submit(task, solution, k):
+    def submit(task, solution, k, **kw):
         return pool.submit(f"{compose(task, solution)}# repeat {k}\n", task["test"], timeout=exec_timeout_s,
-                           entry_point=task["entry_point"])
-    jobs = [[(t, s, k, submit(t, s, k)) for s in (canonical(t), "") for k in range(repeats)] for t in tasks]
-    records = []
-    for task,job in zip(tasks, jobs):
-        verdicts = [settle(f, lambda t=t,s=s,k=k: submit(t, s, k)) for t,s,k,f in job]
-        if any(v.status=="internal" for v in verdicts):
-            raise RuntimeError(f"{task['task_id']}: the sandbox failed twice: {verdicts[-1].output}; see "
-                               f"`codetune doctor`")
-        good,empty = verdicts[:repeats],verdicts[repeats:]
-        why = _judge(good, empty, missing.get(task["task_id"], []))
-        records.append(dict(
-            task_id=task["task_id"], usable=not why, reasons=why, baseline=max(v.fraction for v in empty),
-            missing=missing.get(task["task_id"], []), canonical=dict(Counter(v.status for v in good)),
-            empty=dict(Counter(v.status for v in empty)), n_tests=max(v.n_tests for v in good),
-            cpu_s=round(max(v.cpu_s for v in good), 4), wall_s=round(max(v.wall_s for v in good), 4),
-            mode=good[0].mode, message=_last_line(good)))
-    return records
+                           entry_point=task["entry_point"], **kw)
+    records = list(_calibrate(tasks, submit, repeats, missing))
+    doubtful = [t for t,r in zip(tasks, records) if r["mode"]=="io" and r["canonical"].get("passed", 0)<repeats]
+    alone = partial(submit, mode="inprocess")
+    better = {r["task_id"]:r for r in _calibrate(doubtful, alone, repeats, missing) if r["usable"]}
+    return [better.get(r["task_id"], r) | dict(forced=r["task_id"] in better) for r in records]
 
-# %% ../nbs/machinery/calibration.ipynb #c018
+# %% ../nbs/machinery/calibration.ipynb #c020
 def usable_tasks(
     tasks:list[dict],          # BigCodeBench rows
     records:list[dict],        # from `calibrate`
     keep_partial:bool=False,   # keep tasks whose empty body earns part of the credit but does not pass
-)->list[dict]:                 # the tasks that may pay rewards; a kept partial one carries its `baseline`
+)->list[dict]:                 # tasks that may pay rewards, with `baseline` and `mode` where they matter
     "Leave out what calibration found unsound; tasks without a record are refused (`ValueError`)."
     by_id = {r["task_id"]:r for r in records}
     unknown = [t["task_id"] for t in tasks if t["task_id"] not in by_id]
     if unknown:
         raise ValueError(f"no calibration for {len(unknown)} tasks, {unknown[0]} first; run `codetune "
                          f"calibrate` on this file")
-    def partial(r): return keep_partial and all(w.startswith("empty body earns") for w in r["reasons"])
+    def partly(r): return keep_partial and r["reasons"] and all(w.startswith("empty body earns") for w in r["reasons"])
     pairs = [(t, by_id[t["task_id"]]) for t in tasks]
-    kept = [(t, r) for t,r in pairs if r["usable"] or partial(r)]
-    return [t | (dict(baseline=r["baseline"]) if r["baseline"] else {}) for t,r in kept]
+    return [t | (dict(baseline=r["baseline"]) if r["baseline"] else {}) | (dict(mode=r["mode"]) if r.get("forced") else {})
+            for t,r in pairs if r["usable"] or partly(r)]
 
 def calibration_table(
     records:list[dict],  # from `calibrate`

@@ -248,8 +248,9 @@ def _job(self:CodeEnv, b):
     code = extract_code(text, task["entry_point"])
     if code is None: return None,_now(Verdict("failed", output="the message holds no Python program")),None
     program = compose(task, code)
+    mode = dict(mode=task["mode"]) if task.get("mode") else {}      # calibration found that auto would not do
     def ask(): return self.pool.submit(program, task["test"], timeout=self.exec_timeout_s,
-                                       entry_point=task["entry_point"])
+                                       entry_point=task["entry_point"], **mode)
     return program,ask(),ask
 
 @patch

@@ -147,7 +147,7 @@ def submit(
     p = plan(test, entry_point)
     chosen = ("io" if p.io else "inprocess") if mode=="auto" else mode
     return self._ask(dict(solution=solution, test=test, guarded=p.guarded, guard=GUARD, expected=p.expected,
-                          sealable=p.sealable, timeout=float(timeout), mem_mib=int(mem_mib), mode=chosen,
+                          sealable=p.sealable, borrowed=p.borrowed, lent=p.lent, timeout=float(timeout), mem_mib=int(mem_mib), mode=chosen,
                           auto=mode=="auto", entry_point=entry_point, set=_import_set(solution, test)))
 
 def check_(self, solution, test, **kw)->Verdict:

@@ -9,12 +9,15 @@ __all__ = ['MAX_MESSAGE', 'Unsendable', 'encode', 'decode', 'RemoteError', 'enco
 # %% ../nbs/machinery/sandbox_io.ipynb #c003
 import builtins
 import collections
+import contextlib
 import datetime
 import decimal
 import fractions
+import importlib
 import json
 import math
 import os
+import pathlib
 import struct
 import sys
 import types
@@ -33,7 +36,11 @@ _AS_TEXT = {"Decimal": (decimal.Decimal, str), "Fraction": (fractions.Fraction, 
                                                                      hex), "float": (float, repr),
             "complex": (complex, repr), "date": (datetime.date.fromisoformat, datetime.date.isoformat),
             "datetime": (datetime.datetime.fromisoformat, datetime.datetime.isoformat),
-            "time": (datetime.time.fromisoformat, datetime.time.isoformat)}
+            "time": (datetime.time.fromisoformat, datetime.time.isoformat), "PosixPath": (pathlib.Path, str)}
+
+
+_TEXTS = {int, float, complex, bytes, bytearray, decimal.Decimal, fractions.Fraction, datetime.date, datetime.datetime,
+          datetime.time, type(pathlib.Path())}
 
 # %% ../nbs/machinery/sandbox_io.ipynb #c007
 def encode(x, depth:int=60):
@@ -47,14 +54,12 @@ def encode(x, depth:int=60):
     if t is collections.defaultdict: return encode(dict(x), depth)
     if t is range: return {"range": [x.start, x.stop, x.step]}
     if t is datetime.timedelta: return {"timedelta": [x.days, x.seconds, x.microseconds]}
-    if t in (int, float, complex, bytes, bytearray) or t.__module__ in ("datetime", "decimal",
-                                                                        "fractions") and name in _AS_TEXT:
-        return {name: _AS_TEXT[name][1](x)}
+    if t in _TEXTS: return {name: _AS_TEXT[name][1](x)}
     np = sys.modules.get("numpy")
-    if np and t is np.ndarray and x.dtype.kind in "biufcUS": return {"ndarray": [x.dtype.str, list(x.shape),
-                                                                                 x.tobytes().hex()]}
-    if np and isinstance(x, np.generic) and x.dtype.kind in "biufc": return {"npscalar": [x.dtype.str,
-                                                                                          x.tobytes().hex()]}
+    if np and t is np.ndarray and x.dtype.kind in "biufcUS":
+        return {"ndarray": [x.dtype.str, list(x.shape), x.tobytes().hex()]}
+    if np and isinstance(x, np.generic) and t.__module__=="numpy" and x.dtype.kind in "biufcU":
+        return {"npscalar": [x.dtype.str, x.tobytes().hex()]}
     raise Unsendable(f"a {t.__module__}.{t.__qualname__} is not data that can travel between two processes")
 
 # %% ../nbs/machinery/sandbox_io.ipynb #c008
@@ -129,6 +134,7 @@ def serve(
     job = receive(fd)
     module = sys.modules["__test__"] = types.ModuleType("__test__")
     error = load(module, job["solution"], "<solution>")
+    for name,value in _borrow(job["lent"]).items(): module.__dict__.setdefault(name, value)    # as in one process
     if not error and job["entry_point"] not in module.__dict__:
         error = f"NameError: the program defines no {job['entry_point']}"
     send(fd, dict(loaded=not error, message=error))
@@ -168,13 +174,22 @@ def stub(fd:int)->callable:
     return call
 
 # %% ../nbs/machinery/sandbox_io.ipynb #c019
+def _borrow(names):
+    "The solution's imports on which the tests rely; one that is missing here is missing."
+    found = {}
+    for name,(module,attribute) in names.items():
+        with contextlib.suppress(ImportError, AttributeError):
+            m = importlib.import_module(module)
+            found[name] = getattr(m, attribute) if attribute else m
+    return found
+
 def judge(
     job:dict,   # solution, test, expected, entry_point
     fd:int,     # socket to the worker
 )->dict:        # tests, messages, tampered, unfit
     "Run the tests here against a function that lives in the worker."
     expected = job["expected"]
-    send(fd, dict(solution=job["solution"], entry_point=job["entry_point"]))
+    send(fd, dict(solution=job["solution"], entry_point=job["entry_point"], lent=job.get("lent", {})))
     failed = dict(tests={n: "error" for n in expected}, tampered=[], unfit="")
     try: hello = receive(fd)
     except (EOFError, OSError, ValueError,
@@ -182,6 +197,7 @@ def judge(
     if hello.get("loaded") is not True: return failed | dict(messages=str(hello.get("message"))[-4000:])
     module = sys.modules["__test__"] = types.ModuleType("__test__")
     call = module.__dict__[job["entry_point"]] = stub(fd)
+    module.__dict__.update(_borrow(job.get("borrowed", {})))
     if (error := load(module, job["test"], "<test>")): return failed | dict(messages=error)
     outcomes = Outcomes(expected_failure="passed" if "expectedFailure" in job["test"] else "failed")
     for c in sorted({n.rpartition(".")[0] or "TestCases" for n in expected}):

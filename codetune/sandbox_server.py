@@ -160,7 +160,7 @@ def _dispatch(self):
 def _give(self, slot, job):
     "Send one job to one slot; the slot never reads the body."
     job["nonce"] = secrets.token_hex(16)
-    names = ("solution", "expected", "entry_point", "nonce", "guard", "sealable")
+    names = ("solution", "expected", "entry_point", "nonce", "guard", "sealable", "borrowed", "lent")
     body = {k: job[k] for k in names} | {"off": self.config["off"]}
     body["test"] = job["test" if job["mode"]=="io" else "guarded"]
     fd = memory_file(json.dumps(body).encode())

@@ -17,7 +17,7 @@ from .answers import canonical,compose,extract_code
 from .calibration import calibrate,calibration_table,missing_libraries,usable_tasks
 from .config import asset,resolve_path
 from .partition import RULE,near_duplicates,partition,take
-from .files import atomic_path,file_sha256,keep_previous,write_json
+from .runs import atomic_path,file_sha256,keep_previous,write_json
 
 # %% ../nbs/machinery/tasks.ipynb #c004
 HUB = "bigcode/bigcodebench"
@@ -103,7 +103,7 @@ def to_task(
                          f"row is damaged")
     kept = row.get("prompt") if prompt_type is None else None
     task["prompt"] = kept or task[f"{prompt_type or 'instruct'}_prompt"]
-    return task | ({"baseline":row["baseline"]} if row.get("baseline") else {})
+    return task | {k:row[k] for k in ("baseline", "mode") if row.get(k)}         # what calibration found out
 
 # %% ../nbs/machinery/tasks.ipynb #c018
 def _raw(source, revision, dataset_type):
