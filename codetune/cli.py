@@ -109,13 +109,15 @@ def _flags(argv, known):
 _lora = ("data_path","model_name_or_path","output_dir")
 _positions = {"qlora":("data_path","output_dir","experiment_name"), "lora":_lora, "full":_lora}
 
-def _place(command, given, rest):
+def _place(command, given, rest, recipe={}):
     "Positional words as parameters; a command that takes none refuses them (ValueError)."
     if not rest: return given
     if command!="sft": raise ValueError(f"codetune {command} takes flags only; {rest[0]!r} is not one")
-    names = _positions[given.get("method", "qlora")]
+    method = given.get("method", recipe.get("method", "qlora"))
+    if method not in _positions: raise ValueError(f"method={method!r} is not one of {', '.join(_positions)}")
+    names = _positions[method]
     if len(rest)>len(names):
-        command = f"codetune sft --method {given.get('method','qlora')}"
+        command = f"codetune sft --method {method}"
         raise ValueError(f"{command} takes at most {len(names)} words ({', '.join(names)}), got {rest}")
     twice = [n for n,_ in zip(names, rest) if n in given]
     if twice: raise ValueError(f"{twice[0]} was given twice, as a flag and by position")
@@ -142,8 +144,10 @@ def parse_direct(
     stage = DIRECT[command][0]
     fields = read_fields(*STAGES[stage][:2])
     given,rest = _flags(["--recipe" if w=="-f" else w for w in argv], fields)
-    recipe = yield_to_env(load_recipe(given.pop("recipe")), stage) if "recipe" in given else {}
-    given = {**recipe, **_place(command, given, rest)}
+    script = rest and given.get("method")=="qlora" and "model_name_or_path" not in given  # guide 2's qlora_qwen3_30b.sh
+    name = given.pop("recipe", "qwen3_30b_qlora" if command=="sft" and script else None)
+    recipe = yield_to_env(load_recipe(name), stage) if name else {}
+    given = {**recipe, **_place(command, given, rest, recipe)}
     check_names(given, [f["name"] for f in fields], f"codetune {command}")
     return given
 

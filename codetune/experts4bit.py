@@ -29,6 +29,7 @@ def nf4_codes(
     pieces = [quantize(w.contiguous(), BLOCK, "nf4", torch.uint8) for w in weight.split(rows)]
     return tuple(torch.cat(t) for t in zip(*pieces))
 
+# %% ../nbs/machinery/experts4bit.ipynb #c007
 def quantize_nf4(
     weight:torch.Tensor,  # (out, in); out*in a multiple of 64
 )->dict:                  # codes (out, in/2) uint8, scales (out*in/64,) uint8, scale2 (ceil(blocks/256),), shift ()
@@ -38,6 +39,7 @@ def quantize_nf4(
     scales,state = bnb.quantize_blockwise(absmax-shift, blocksize=BLOCK2)
     return dict(codes=codes.view(weight.shape[0], -1), scales=scales, scale2=state.absmax, shift=shift)
 
+# %% ../nbs/machinery/experts4bit.ipynb #c008
 def dequantize_nf4(
     codes:torch.Tensor,   # (E, out, in/2) uint8
     scales:torch.Tensor,  # (E, blocks) uint8
@@ -58,7 +60,7 @@ def _dynamic_map(device):
     if device not in _maps: _maps[device] = bnb.create_dynamic_map().to(device)
     return _maps[device]
 
-# %% ../nbs/machinery/experts4bit.ipynb #c009
+# %% ../nbs/machinery/experts4bit.ipynb #c011
 SLICE = 16  # experts in 16 bits at a time: 16 x 1536 x 2048 bf16 are 100 MB
 
 def _working(x):
@@ -76,6 +78,7 @@ def grouped_linear(
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     return torch.cat([part @ w.T for part,w in zip(x.split(counts), weight)])
 
+# %% ../nbs/machinery/experts4bit.ipynb #c012
 class _Frozen4bit(torch.autograd.Function):
     "Grouped product with a four-bit stack; no gradient for the stack."
     @staticmethod
@@ -96,7 +99,7 @@ def _by_slice(x, counts, read, op):
         if n: out.append(op(x[start:start+n].to(_working(x)), read(lo, lo+len(c), _working(x)), c).to(x.dtype))
     return torch.cat(out)
 
-# %% ../nbs/machinery/experts4bit.ipynb #c012
+# %% ../nbs/machinery/experts4bit.ipynb #c015
 class Experts4bit(nn.Module):
     "The experts of one layer as NF4 stacks, run in sorted groups."
     def __init__(self,
@@ -131,7 +134,7 @@ class Experts4bit(nn.Module):
         "Experts lo to hi of one stack, (n, out, in)."
         return dequantize_nf4(**self.stack(name, lo, hi), dtype=dtype)
 
-# %% ../nbs/machinery/experts4bit.ipynb #c014
+# %% ../nbs/machinery/experts4bit.ipynb #c017
 def _linear(experts, name, x, counts, lora):
     "One stack with its adapters over sorted rows."
     y = _Frozen4bit.apply(x, counts, lambda lo,hi,dtype: experts.dequantize(name, lo, hi, dtype))
@@ -159,7 +162,7 @@ def _forward(self,
 
 Experts4bit.forward = _forward
 
-# %% ../nbs/machinery/experts4bit.ipynb #c018
+# %% ../nbs/machinery/experts4bit.ipynb #c021
 def is_fused_experts(
     module:nn.Module,  # any module of a transformers model
 )->bool:               # True where `Experts4bit` can take its place; experts of another layout raise
@@ -173,7 +176,7 @@ def is_fused_experts(
                          "experts cannot go to four bits; load with quant=none")
     return True
 
-# %% ../nbs/machinery/experts4bit.ipynb #c021
+# %% ../nbs/machinery/experts4bit.ipynb #c024
 class ExpertLoRA(ParamWrapper):
     "PEFT's adapter on one stack of `Experts4bit`."
     def _get_in_out_features(self, module):

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'LoadConfig', 'start_run', 'pick_device', 'pick_dtype', 'load_base', 'lora_config', 'add_adapter',
-           'load_adapter', 'load_model', 'settings_of', 'plans', 'load_stage']
+           'load_adapter', 'load_model', 'settings_of', 'plan_memory', 'plans', 'load_stage']
 
 # %% ../nbs/02_qlora_load.ipynb #c003
 import json,os,time,warnings
 from copy import deepcopy
-from dataclasses import dataclass,field,fields
+from dataclasses import dataclass,field,fields,replace
 from pathlib import Path
 import bitsandbytes as bnb
 import torch
@@ -21,8 +21,9 @@ from .audit import audit,audit_table,require_4bit
 from .config import asset
 from .embedded import resolve_model
 from .experts4bit import teach_peft
-from .memory import estimate_memory,memory_table
 from .files import write_json
+from .lowrank import keep_inputs_once
+from .memory import estimate_memory,memory_table
 from .runs import Run
 from .streaming import KEEP,ROUTERS,load_nf4
 
@@ -54,14 +55,17 @@ class LoadConfig:
         if self.method not in METHODS: raise ValueError(f"method={self.method!r}; expected qlora, lora or full")
         for n in ("max_len", "per_device_train_batch_size", "lora_r", "logit_chunk"):
             if getattr(self, n) < 1: raise ValueError(f"{n}={getattr(self, n)} must be at least 1")
+        if self.head_4bit and self.method != "qlora":
+            raise ValueError(f"head_4bit goes with method=qlora; {self.method} has no four-bit base")
 
+# %% ../nbs/02_qlora_load.ipynb #c008
 def start_run(
     cfg:LoadConfig,
 )->Run:
     "The run directory of a load."
     return Run.start("02_qlora_load", cfg, model=cfg.model_name_or_path, algorithm=cfg.method)
 
-# %% ../nbs/02_qlora_load.ipynb #c010
+# %% ../nbs/02_qlora_load.ipynb #c011
 _DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 
 def pick_device(
@@ -85,7 +89,7 @@ def pick_dtype(
     own = getattr(cfg, "dtype", None)
     return torch.float32 if quant == "none" and own is torch.float32 else torch.bfloat16
 
-# %% ../nbs/02_qlora_load.ipynb #c013
+# %% ../nbs/02_qlora_load.ipynb #c014
 def _folder(name):
     "The local folder of a model, fetched from the hub if need be."
     path = resolve_model(name)
@@ -105,10 +109,10 @@ def _load_4bit(name, cfg, dtype, device, trust_remote_code, head_4bit):
                                                      trust_remote_code=trust_remote_code)
     for m in model.modules():
         if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = False
-    require_4bit(model)
+    require_4bit(model, head_4bit)
     return model
 
-# %% ../nbs/02_qlora_load.ipynb #c014
+# %% ../nbs/02_qlora_load.ipynb #c015
 def load_base(
     name:str,                      # embedded, a folder or a hub id
     quant:str="nf4",               # nf4 (double quantized) or none
@@ -128,7 +132,7 @@ def load_base(
                                                        trust_remote_code=trust_remote_code)
     return model.requires_grad_(False).eval()
 
-# %% ../nbs/02_qlora_load.ipynb #c021
+# %% ../nbs/02_qlora_load.ipynb #c022
 def lora_config(
     path:str|Path|None=None,               # a file in PEFT's format, or a shipped name; None: dense
     r:int|None=None,                       # rank
@@ -150,7 +154,7 @@ def lora_config(
     if unknown: warnings.warn(f"{path}: this PEFT does not know {unknown}; left out")
     return LoraConfig(**{"task_type": "CAUSAL_LM", **{k:v for k,v in d.items() if k not in unknown}})
 
-# %% ../nbs/02_qlora_load.ipynb #c024
+# %% ../nbs/02_qlora_load.ipynb #c025
 def _check_targets(model, cfg):
     "Raise unless every target of the LoRA settings `cfg` names a layer of the model."
     leaves = {}
@@ -168,7 +172,7 @@ def _check_targets(model, cfg):
     if missing: raise ValueError(f"LoRA targets {missing} match nothing in this model; its linear layers are "
                                  f"{sorted(leaves)}" + (f", its fused experts {sorted(params)}" if params else ""))
 
-# %% ../nbs/02_qlora_load.ipynb #c025
+# %% ../nbs/02_qlora_load.ipynb #c026
 def add_adapter(
     model:nn.Module,       # a base, or what this function returned
     cfg:LoraConfig,        # from `lora_config`
@@ -181,11 +185,11 @@ def add_adapter(
         _check_targets(model.get_base_model(), cfg)
         model.add_adapter(name, cfg)
         model.set_adapter(name)
-        return model
+        return keep_inputs_once(model)
     _check_targets(model, cfg)
-    return get_peft_model(model, cfg, adapter_name=name)
+    return keep_inputs_once(get_peft_model(model, cfg, adapter_name=name))
 
-# %% ../nbs/02_qlora_load.ipynb #c027
+# %% ../nbs/02_qlora_load.ipynb #c028
 def load_adapter(
     model:nn.Module,      # a base, or what `add_adapter` returned
     path:str|Path,        # a folder in PEFT's format
@@ -204,7 +208,7 @@ def load_adapter(
         if "lora_" in n and f".{name}." in n: p.requires_grad_(trainable)
     return model
 
-# %% ../nbs/02_qlora_load.ipynb #c033
+# %% ../nbs/02_qlora_load.ipynb #c034
 def load_model(
     cfg:LoadConfig,
 )->nn.Module:  # a PeftModel, or for full fine-tuning a transformers model whose every weight trains
@@ -219,17 +223,27 @@ def settings_of(
     "Its LoRA settings."
     return lora_config(cfg.lora_config_path, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.target_modules)
 
+# %% ../nbs/02_qlora_load.ipynb #c035
+def plan_memory(
+    cfg,                # a LoadConfig, or the SFTConfig of 03
+    **changes,          # fields of it to plan with instead
+)->dict[str,float]:     # part -> bytes, and total
+    "What the estimator expects of a configuration."
+    cfg = replace(cfg, **changes)
+    loads = getattr(cfg, "load_dtype", cfg.dtype)
+    own = {k: getattr(cfg, k) for k in "max_len optim logit_chunk gradient_checkpointing head_4bit trust_remote_code".split()}
+    return estimate_memory(cfg.model_name_or_path, cfg.method, lora=settings_of(cfg), batch=cfg.per_device_train_batch_size,
+                           accumulate=getattr(cfg, "gradient_accumulation_steps", 2) > 1,
+                           dtype="fp32" if cfg.dtype == "fp32" else "mixed" if loads == "fp32" else "bf16",
+                           device=pick_device(getattr(cfg, "device", "auto")).type, **own)
+
 def plans(
     cfg:LoadConfig,
 )->dict[str,dict]:  # method -> estimate
     "The memory estimate of each method for this model and length."
-    shared = dict(max_len=cfg.max_len, batch=cfg.per_device_train_batch_size, optim=cfg.optim, logit_chunk=cfg.logit_chunk,
-                  gradient_checkpointing=cfg.gradient_checkpointing, head_4bit=cfg.head_4bit,
-                  dtype="fp32" if cfg.dtype == "fp32" else "bf16", device=pick_device(cfg.device).type,
-                  trust_remote_code=cfg.trust_remote_code)
-    return {m: estimate_memory(cfg.model_name_or_path, m, lora=settings_of(cfg), **shared) for m in METHODS}
+    return {m: plan_memory(cfg, method=m, head_4bit=cfg.head_4bit and m == "qlora") for m in METHODS}
 
-# %% ../nbs/02_qlora_load.ipynb #c034
+# %% ../nbs/02_qlora_load.ipynb #c036
 def load_stage(
     cfg:LoadConfig,
     run:Run,

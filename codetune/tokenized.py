@@ -34,6 +34,7 @@ class TokenRows:
     @property
     def label_share(self): return float(self.counts.mean())
 
+# %% ../nbs/machinery/tokenized.ipynb #c008
 def _pile(
     ids,      # flat ids of all rows
     labels,   # flat labels of all rows
@@ -49,13 +50,14 @@ def _pile(
                          f"a label is its own token (not shifted) or {IGNORE}")
     return TokenRows(ids.astype(np.int32), counts, ends)
 
-# %% ../nbs/machinery/tokenized.ipynb #c010
+# %% ../nbs/machinery/tokenized.ipynb #c011
 def _not_tokenized(path, keys, model):
     "The error for a file that holds text."
     found = ", ".join(sorted(keys)) or "nothing"
     return ValueError(f"{path} is not tokenized: a row holds {found} where input_ids and label are needed. "
                       f"Run: codetune convert {path} --tokenize -m {model} -o processed/sft_train.jsonl")
 
+# %% ../nbs/machinery/tokenized.ipynb #c012
 def _read_jsonl(path, model):
     "Flat ids, labels and lengths of a JSON lines file."
     ids, labels, lengths = [], [], []
@@ -75,6 +77,7 @@ def _read_jsonl(path, model):
     cat = lambda xs: np.concatenate(xs) if xs else np.zeros(0, np.int32)
     return cat(ids), cat(labels), lengths
 
+# %% ../nbs/machinery/tokenized.ipynb #c013
 def _read_parquet(path, model):
     "Flat ids, labels and lengths of a Parquet file with two list columns."
     names = pq.read_schema(path).names
@@ -85,7 +88,7 @@ def _read_parquet(path, model):
         raise ValueError(f"{path}: input_ids and label differ in length; tokenize the data again")
     return ids.flatten().to_numpy(), labels.flatten().to_numpy(), lengths
 
-# %% ../nbs/machinery/tokenized.ipynb #c011
+# %% ../nbs/machinery/tokenized.ipynb #c014
 def read_rows(
     path:str|Path,           # .jsonl or .parquet
     model:str="MODEL",       # for the command that an error suggests
@@ -111,7 +114,7 @@ def read_rows(
                          f"the data was tokenized for another model: tokenize again with -m {model}")
     return rows
 
-# %% ../nbs/machinery/tokenized.ipynb #c017
+# %% ../nbs/machinery/tokenized.ipynb #c020
 def split_rows(
     n:int,               # rows in all
     val_fraction:float,  # share held out, in [0, 1)
@@ -123,6 +126,7 @@ def split_rows(
     held = set(random.Random(seed).sample(range(n), min(n-1, max(1, round(n*val_fraction)))))
     return [i for i in range(n) if i not in held], sorted(held)
 
+# %% ../nbs/machinery/tokenized.ipynb #c021
 class Blocks:
     "Packed blocks as a dataset: an item is the list of one block's rows."
     def __init__(self,

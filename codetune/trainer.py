@@ -6,6 +6,7 @@
 __all__ = ['SFTTrainer', 'memory_gib', 'check_disk']
 
 # %% ../nbs/machinery/trainer.ipynb #c003
+import json
 import os
 import resource
 import shutil
@@ -55,6 +56,7 @@ def memory_gib(
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 
+# %% ../nbs/machinery/trainer.ipynb #c013
 @patch
 def log(self:SFTTrainer, logs, start_time=None):
     "Keep transformers' record and write ours."
@@ -71,6 +73,7 @@ def log(self:SFTTrainer, logs, start_time=None):
     self.codetune_run.log(row, step=self.state.global_step)
     if self.codetune_run.is_main: self._show(row)
 
+# %% ../nbs/machinery/trainer.ipynb #c014
 @patch
 def _show(self:SFTTrainer, row):
     "A progress bar on a terminal, a line now and then elsewhere."
@@ -82,17 +85,20 @@ def _show(self:SFTTrainer, row):
         print(f"step {step}/{last}  loss {row['loss/train']:.3f}  lr {row['lr']:.2e}  "
               f"{row['tokens_per_s']:.0f} tokens/s  {row['memory/peak_gib']:.1f} GiB")
 
-# %% ../nbs/machinery/trainer.ipynb #c016
+# %% ../nbs/machinery/trainer.ipynb #c018
 def check_disk(
-    folder:Path,  # where the checkpoint goes; its nearest existing parent is asked
+    folder:Path,  # where the files go; its nearest existing parent is asked
     need:int,     # bytes
+    what:str="a checkpoint",
+    do:str="set output_dir to another disk, then resume",
 ):
-    "Refuse to start a checkpoint that will not fit."
+    "Refuse to start writing what will not fit."
     while not folder.exists(): folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if free < need: raise OSError(f"a checkpoint needs {need/2**30:.2f} GiB, {folder} has {free/2**30:.2f} GiB free; "
-                                  "make room or set output_dir to another disk, then resume")
+    if free < need: raise OSError(f"{what} needs {need/2**30:.2f} GiB, {folder} has {free/2**30:.2f} GiB free; "
+                                  f"make room or {do}")
 
+# %% ../nbs/machinery/trainer.ipynb #c019
 @patch
 def save_whole(
     self:SFTTrainer,
@@ -113,11 +119,14 @@ def save_whole(
     if self.args.should_save:
         for f in (f for f in tmp.rglob("*") if f.is_file()):
             with f.open("rb") as h: os.fsync(h.fileno())
-        shutil.rmtree(final, ignore_errors=True)
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists(): final.rename(old)
         tmp.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
     self.accelerator.wait_for_everyone()
 
-# %% ../nbs/machinery/trainer.ipynb #c019
+# %% ../nbs/machinery/trainer.ipynb #c022
 @patch
 def _save_checkpoint(self:SFTTrainer, model, trial):
     "A checkpoint under `checkpoints/steps_0050`; only the newest few stay."
@@ -135,18 +144,22 @@ def _save_checkpoint(self:SFTTrainer, model, trial):
         steps = sorted(root.glob("steps_*"), key=lambda p: int(p.name[6:]))
         for old in steps[:-self.keep_checkpoints]: shutil.rmtree(old)
 
+# %% ../nbs/machinery/trainer.ipynb #c023
 @patch
 def save_result(
     self:SFTTrainer,
     final:Path,      # folder of the adapter, or of the whole model
+    note:dict|None=None,  # written beside it as codetune.json, for 06_merge
 ):
     "The adapter in PEFT's format, or the whole model."
     def write(tmp):
         self.save_model(str(tmp))
-        if self.args.should_save: (tmp/"training_args.bin").unlink(missing_ok=True)
+        if not self.args.should_save: return
+        (tmp/"training_args.bin").unlink(missing_ok=True)
+        if note: (tmp/"codetune.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
     self.save_whole(final, write)
 
-# %% ../nbs/machinery/trainer.ipynb #c024
+# %% ../nbs/machinery/trainer.ipynb #c028
 @patch
 @torch.no_grad()
 def evaluate(self:SFTTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

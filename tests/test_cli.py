@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from codetune.cli import DIRECT, TOOLS, main, parse_direct
-from codetune.config import configure
+from codetune.config import configure, load_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,12 +82,13 @@ def test_guide_1_tuning_flags(more):
     "words, expected",
     [
         (
-            "--method qlora processed/sft_train.jsonl out exp1",
+            "--method qlora d.jsonl out exp1 --model_name_or_path m",
             dict(
                 method="qlora",
-                data_path="processed/sft_train.jsonl",
+                data_path="d.jsonl",
                 output_dir="out",
                 experiment_name="exp1",
+                model_name_or_path="m",
             ),
         ),
         ("--method qlora", dict(method="qlora")),
@@ -108,6 +109,15 @@ def test_guide_1_tuning_flags(more):
 )
 def test_guide_2_positional_forms(words, expected):
     assert parse_direct("sft", words.split()) == expected
+
+
+def test_guide_2_script_knows_its_model():
+    "The script that names no model trains the one it was written for; a recipe's method orders the words."
+    given = parse_direct("sft", "--method qlora d.jsonl out exp1".split())
+    words = dict(data_path="d.jsonl", output_dir="out", experiment_name="exp1")
+    assert given == load_recipe("qwen3_30b_qlora") | words
+    given = parse_direct("sft", "-f qwen3_30b_lora d.jsonl m out".split())
+    assert (given["data_path"], given["model_name_or_path"], given["output_dir"]) == ("d.jsonl", "m", "out")
 
 
 def test_guide_2_environment(monkeypatch):
