@@ -19,7 +19,7 @@ SECTIONS = [  # what the message says -> heading of the guide
     (r"bitsandbytes|load_in_4bit", "bitsandbytes is missing or cannot be used"),
     (r"SandboxError|sandbox (itself|cannot|could not)", "The sandbox does not start"),
     (r"-m embedded|not cached|is neither a folder|hub id", "A hub model is not found"),
-    (r"non-?finite|NaN|diverged", "Training is unstable"),
+    (r"non-?finite|NaN|the loss is (nan|-?inf)|diverged", "Training is unstable"),
     (r"no sample ever passes|reward never varied", "The results are weak"),
 ]
 
