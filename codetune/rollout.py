@@ -72,7 +72,8 @@ def collect(
         feats.append(timed("value", lambda: torch.stack([team.features([a.prompt for a in row]) for row in said], 1)))
         steps.append(timed("wait", env.step)); actions.append([list(x) for x in zip(*said)])
     rewards = torch.stack([torch.as_tensor(x.rewards, dtype=torch.float32) for x in steps])
-    last = timed("value", lambda: team.features(env.pending_prompts()))
+    open_ = not all(steps[-1].dones)      # where every problem ended, nothing is read from beyond the buffer
+    last = timed("value", lambda: team.features(env.pending_prompts())) if open_ else torch.zeros_like(feats[-1][:,0])
     valid = torch.stack([torch.as_tensor(getattr(x, "valid", [True]*len(x.dones))).bool() for x in steps])
     return Rollout(actions, pay(rewards) if pay else rewards,
                    torch.stack([torch.as_tensor(x.dones).bool() for x in steps]),

@@ -168,6 +168,7 @@ def play(self)->dict:
     cfg,t0 = self.cfg,time.perf_counter()
     scale = decayed_lr(1., self.update, cfg.n_updates) if cfg.use_linear_lr_decay else 1.
     self.learner.set_lr(cfg.lr*scale, cfg.critic_lr*scale)
+    self.team.forget()     # rounding depends on the batch: what is remembered may not depend on where a run was resumed
     ro = collect(self.team, self.env, cfg.episode_length, cfg.sampling, self.sampler, self.ablation.relay,
                  self.ablation.pay)
     c = credit(self.team, ro, cfg.algorithm_name, cfg.advantage, cfg.gamma, cfg.gae_lambda, gathered)
@@ -180,7 +181,9 @@ def play(self)->dict:
     self.rollout = ro
     seconds = dict(ro.seconds, update=time.perf_counter()-t1, all=time.perf_counter()-t0)
     out |= describe_rollout(self.team, ro) | {f"time/{k}_s":v for k,v in seconds.items()}
-    self.log.append(out | {"lr/policy":cfg.lr*scale, "env_steps":self.env_steps})
+    so_far = self.log[-1].get("count/tokens", 0) if self.log else 0
+    self.log.append(out | {"lr/policy":cfg.lr*scale, "env_steps":self.env_steps, "count/executions":self.env_steps,
+                           "count/tokens":so_far+int(out.pop("count/tokens"))})
     return self.log[-1]
 
 def describe_rollout(
@@ -206,8 +209,7 @@ def describe_rollout(
         out |= {f"length/{role}":length/k, f"truncated/{role}":total(sum(a.truncated for a in acts))/k,
                 f"empty/{role}":total(sum(not a.text.strip() for a in acts))/k,
                 f"degenerate/{role}":total(bad)/k, f"reward/{role}":total(ro.rewards[:,:,m].sum().item())/n}
-    out["time/tokens_per_s"] = tokens/max(1e-9, ro.seconds["generate"])
-    return out
+    return out | {"time/tokens_per_s":tokens/max(1e-9, ro.seconds["generate"]), "count/tokens":tokens}
 
 Session.play = play
 

@@ -257,6 +257,11 @@ def features(self:Team,
     return out
 
 @patch
+def forget(self:Team):
+    "Drop the remembered features."
+    self._seen.clear()
+
+@patch
 @torch.no_grad()
 def token_features(self:Team,
     prompts:list[list[int]],

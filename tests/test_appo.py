@@ -1,5 +1,5 @@
 """APPO end to end on a tiny random model: every parameter does what its comment says, recipes run, two processes agree."""
-import dataclasses, json, os, subprocess, sys
+import dataclasses, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,70 @@ def test_parameter_changes_the_weights(pool, plain, name):
     assert not same(played(pool, **extra, **{name: LEARNS[name]})[0], without[0])
 
 
+@pytest.mark.parametrize("model", ["tiny", pytest.param("embedded", marks=pytest.mark.long)])
+@pytest.mark.parametrize("base", [dict(), dict(bf16=True), dict(load_in_4bit=True), dict(load_in_4bit=True, bf16=True), dict(bf16=True, gradient_checkpointing=True)])
+def test_ratio_is_one_before_the_first_step(pool, model, base):
+    from codetune.rollout import collect, credit
+    cfg = config(gradient_cp_steps=2, **base, **(dict(model_name_or_path="embedded", max_new_tokens=16) if model == "embedded" else {}))
+    team = build_team(cfg)
+    torch.manual_seed(0)
+    for p in sum(team.lora.values(), []): torch.nn.init.normal_(p, std=.03)
+    s = Session(cfg, team, build_env(cfg, team, build_tasks(cfg)[0], pool))
+    ro = collect(team, s.env, 1, cfg.sampling, s.sampler)
+    c = credit(team, ro)
+    c.advantages, c.live = torch.randn_like(c.advantages), torch.ones(2).bool()
+    for m in (0, 1):
+        minis = s.learner.lay_out(m, ro, c)
+        s.learner.remember(m, minis)
+        with team.use(m):
+            for mini in minis:                                     # no step is taken: all of them are a first minibatch
+                verdict, metrics, kl = s.learner.minibatch(m, mini, None)
+                assert (verdict, kl, metrics["policy/max_logratio"], metrics["policy/clipfrac"]) == ("ok", 0, 0, 0)
+        with torch.no_grad(): assert all(torch.equal(s.learner.score(m, x)[0], x.old) for mini in minis for x in mini)
+
+
+def state(s):
+    "Everything that the next update depends on, as one nested value without clocks."
+    found = s.state()
+    found["where"]["log"] = [{k: v for k, v in r.items() if not k.startswith("time/")} for r in found["where"]["log"]]
+    return found
+
+
+def equal(a, b, at=""):
+    if isinstance(a, torch.Tensor): assert torch.equal(a, b), at
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for k in a: equal(a[k], b[k], f"{at}/{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), at
+        for i, (x, y) in enumerate(zip(a, b)): equal(x, y, f"{at}/{i}")
+    else: assert a == b or a != a and b != b, (at, a, b)
+
+
+def test_ten_updates_are_five_a_checkpoint_and_five(pool, tmp_path):
+    import random
+    import numpy as np
+    def fresh():
+        cfg = config(num_env_steps=40, n_rollout_threads=4, use_linear_lr_decay=True, samples_per_task=3)
+        set_seed(cfg.seed)
+        team = build_team(cfg)
+        return Session(cfg, team, build_env(cfg, team, build_tasks(cfg)[0], pool), Ablation(pay=lambda r: torch.rand(r.shape) + random.random() + np.random.rand()))
+    whole, first = fresh(), fresh()
+    start = state(whole)
+    set_seed(42)
+    for _ in range(10): whole.play()
+    set_seed(42)
+    for _ in range(5): first.play()
+    first.save(tmp_path / "steps_0005")
+    second = fresh()
+    torch.rand(3), random.random(), np.random.rand()
+    second.resume(tmp_path)
+    for _ in range(5): second.play()
+    assert second.update == 10
+    equal(state(second), state(whole))
+    with pytest.raises(AssertionError): equal(start["team"], state(whole)["team"])    # something was learnt
+
+
 @pytest.mark.parametrize("name,value", [("clip_param", .01), ("use_clipped_value_loss", False)])
 def test_clips_bind_after_the_first_pass(pool, name, value):
     far = dict(ppo_epoch=4, lr=5e-2, critic_lr=5e-2, critic_epochs=6)
@@ -112,14 +176,20 @@ def test_records(tmp_path):
     run = start_run(cfg)
     with run: run.finish(train_appo(cfg, run))
     tags = {p.stem for p in run.out.glob("eval_*.jsonl")}
-    assert tags == {"eval_start", "eval_0002", "eval_0004", "eval_final", "eval_heard_none", "eval_heard_other", "eval_heard_start"}
+    assert tags == {"eval_start", "eval_0002", "eval_0004", "eval_final", "eval_heard_none", "eval_heard_other", "eval_heard_start",
+                    "eval_0002_heard_none", "eval_0002_heard_other", "eval_0004_heard_none", "eval_0004_heard_other"}
     rows = [json.loads(l) for l in (run.out / "eval_start.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and rows[0]["messages"] == rows[1]["messages"]  # greedy: both samples of a task are the same
     assert {p.name for p in run.checkpoints.iterdir()} == {"steps_0005", "best"} - ({"best"} if not (run.checkpoints / "best").exists() else set())
     assert [json.loads(l)["update"] for l in (run.dir / "dialogues.jsonl").read_text().splitlines()] == [1, 1, 2, 2, 4, 4, 5, 5]
     summary = json.loads((run.dir / "summary.json").read_text())
     assert summary["eval/before"]["n_tasks"] == 3 and "worth/message_over_none" in summary
-    assert list((run.dir / "logs").glob("events*")) and len(read_metrics(run.dir)) == 5
+    log = read_metrics(run.dir)
+    assert list((run.dir / "logs").glob("events*")) and len(log) == 5
+    for r in (log[1], log[3]):                                    # what the message is worth, with its interval, while training goes on
+        for kind in ("none", "other"): assert r[f"worth/message_over_{kind}_low"] <= r[f"worth/message_over_{kind}"] <= r[f"worth/message_over_{kind}_high"]
+    assert [r["count/executions"] for r in log] == [8, 16, 24, 32, 40]
+    assert all(a["count/tokens"] < b["count/tokens"] <= a["count/tokens"] + 8 * 2 * cfg.max_new_tokens for a, b in zip(log, log[1:]))
 
 
 def test_sft_adapter_is_every_roles_start(tmp_path):
@@ -183,6 +253,9 @@ if rank == 0: torch.save(out, sys.argv[1])
 """
 
 
+CPU_RANKS = ["--config_file", str(ROOT / "codetune/assets/accelerate/ddp_cpu.yaml")]    # two; with --cpu alone accelerate starts one process
+
+
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     env = os.environ | dict(PYTHONPATH=f"{ROOT}", OMP_NUM_THREADS="1")
@@ -199,11 +272,35 @@ def test_accelerate_launch_trains(tmp_path):
     values = TINY | dict(model_name_or_path=str(tiny_model("qwen2")), use_eval=True, eval_tasks=2, save_interval=1)
     (tmp_path / "r.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in values.items()))
     env = os.environ | dict(PYTHONPATH=f"{ROOT}", OMP_NUM_THREADS="1", CODETUNE_RUNS=str(tmp_path / "runs"))
-    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--main_process_port=29633", "-m", "codetune.cli", "appo", "-f",
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *CPU_RANKS, "--main_process_port=29633", "-m", "codetune.cli", "appo", "-f",
                     str(tmp_path / "r.yaml")], check=True, env=env, cwd=ROOT, timeout=400)
     manifest, = (tmp_path / "runs").rglob("manifest.json")
     assert json.loads(manifest.read_text())["status"] == "complete"
     assert len(read_metrics(manifest.parent)) == 2 and (manifest.parent / "final" / "coder").is_dir()
+    assert json.loads((manifest.parent / "checkpoints" / "steps_0002" / "trainer_state.json").read_text())["n_ranks"] == 2
+
+
+def test_two_processes_stop_together_and_go_on(tmp_path):
+    values = TINY | dict(model_name_or_path=str(tiny_model("qwen2")), num_env_steps=80000, save_interval=0)
+    env = os.environ | dict(PYTHONPATH=f"{ROOT}", OMP_NUM_THREADS="1", CODETUNE_RUNS=str(tmp_path / "runs"))
+    def launch(**more):
+        (tmp_path / "r.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in (values | more).items()))
+        return subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *CPU_RANKS, "--main_process_port=29635", "-m", "codetune.cli", "appo", "-f",
+             str(tmp_path / "r.yaml")], env=env, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    p = launch()
+    end = time.monotonic() + 200
+    while not list((tmp_path / "runs").rglob("metrics.jsonl")) and time.monotonic() < end: time.sleep(.5)
+    os.killpg(p.pid, signal.SIGINT)                               # Ctrl-C reaches the whole group
+    said = p.communicate(timeout=200)[1]
+    manifest, = (tmp_path / "runs").rglob("manifest.json")
+    folder, = (manifest.parent / "checkpoints").iterdir()
+    assert p.returncode and json.loads(manifest.read_text())["status"] == "interrupted", said[-2000:]
+    kept = json.loads((folder / "trainer_state.json").read_text())
+    assert kept["n_ranks"] == 2 and kept["update"] == len(read_metrics(manifest.parent)) == int(folder.name[-4:])
+    p = launch(load_path=str(folder), num_env_steps=(kept["update"] + 1) * 8)
+    said = p.communicate(timeout=200)[1]
+    assert p.returncode == 0, said[-2000:]
 
 
 def test_every_parameter_is_tested():

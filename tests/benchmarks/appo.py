@@ -1,24 +1,31 @@
 """Speed and memory of one APPO rollout and update, against the textbook loop.
 
-    python tests/benchmarks/appo.py [--models embedded qwen2x8] [--epochs 1 5] [--costs]
+    python tests/benchmarks/appo.py [--models embedded qwen2x8] [--epochs 1 5] [--costs] [--write]
 
-8 problems x 2 agents x 64 new tokens on 255-token prompts, 4 minibatches, bf16. Both sides run in processes of their own, with the same weights,
-prompts, generate loop, LoRA layers, dtype and token counts (the end token is switched off so that every message has 64 tokens). The textbook loop is ours
-with four differences, each of which `--costs` also switches off by itself:
+8 problems x 2 agents x 64 new tokens on 255-token prompts, 4 minibatches, bf16. Both sides run in processes of their own, one after the other, with the
+same weights, prompts, `generate`, LoRA layers, dtype and token counts (the end token is switched off so that every message has 64 tokens), warm. The
+textbook loop is ours with four wastes, whose costs `--costs` prints by switching each off by itself:
 
     bases    one full base per agent and one for the critic, instead of one for all
     logits   logits of every position of prompt and message in fp32, instead of the message's in chunks
     second   a second, discarded forward whenever log-probabilities are computed
     critic   the critic's trunk is run again in every minibatch of every epoch, instead of once per rollout
 
-Peak memory is the process's resident high-water mark. Writes results/appo.json; the table goes to the terminal.
+and with one thing that is no waste of the loop's but what the library gives: outside `generate` it attends with transformers' `sdpa`, not with
+codetune.attention. `--costs` switches that off too (`sdpa`): that row is the loop with the four wastes and nothing else.
+
+The programs are eight reference solutions. Both sides hand them to the sandbox when the last agent has spoken; ours then computes the critic's features,
+so `waiting` is what is left. Peak memory is the process's resident high-water mark. `--write` puts the table into results/appo.md.
 """
-import argparse, json, os, platform, resource, subprocess, sys, tempfile, time
+import argparse, contextlib, json, os, platform, resource, subprocess, sys, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 B, N, NEW, PROMPT, MINI = 8, 2, 64, 255, 4
 WASTE = ("bases", "logits", "second", "critic")
+TEXTBOOK = (*WASTE, "sdpa")
+REFERENCE = dict(embedded=(33.7, 71.0), qwen2x8=(14.4, 13.1))  # seconds of rollout and update, measured on the reference code, 1 epoch
+KINDS = ("generate", "score", "value", "forward", "backward", "waiting")
 
 
 def model_dir(name):
@@ -35,9 +42,12 @@ def child(name, epochs, waste):
     from codetune.learner import Learner, Settings
     from codetune.ppo import appo_loss, value_loss
     from codetune.qlora_load import load_base, lora_config
-    from codetune.rollout import Rollout, credit
-    from codetune.team import Team
+    from codetune.answers import compose
     from codetune.learner import update
+    from codetune.rollout import Rollout, credit
+    from codetune.sandbox import Pool
+    from codetune.tasks import select_tasks
+    from codetune.team import Team
     path = model_dir(name)
     profiles = [dict(role="analyzer", prompt="", with_answer=False), dict(role="coder", prompt="", with_answer=True)]
     def build(): return Team(load_base(path, "none", "bf16", "cpu"), load_tokenizer(path), profiles, lora_config("dense", r=8, dropout=0.))
@@ -46,10 +56,12 @@ def child(name, epochs, waste):
     for t in teams: t.eos_ids = set()
     g, s = torch.Generator().manual_seed(0), Sampling(NEW, 1.)
     prompts = [[torch.randint(5, 390, (PROMPT,), generator=g).tolist() for _ in range(B)] for _ in range(N)]
-    spent = dict(generate=0., score=0., value=0., forward=0., backward=0.)
+    spent = dict.fromkeys(KINDS, 0.)
+    tasks, pool = select_tasks("mini", "test", B)[0], Pool()
+    programs = [(compose(t, t["code_prompt"] + t["canonical_solution"]), t["test"], t["entry_point"]) for t in tasks]
 
     def timed(kind, f):
-        t = time.perf_counter(); out = f(); spent[kind] += time.perf_counter() - t
+        t = clock(); out = f(); spent[kind] += clock() - t
         return out
 
     def full_logprobs(team, m, ps, ys):
@@ -60,32 +72,44 @@ def child(name, epochs, waste):
             z = team.causal(ids).logits.float()
         lp = z[:, PROMPT-1:-1].log_softmax(-1)
         y = torch.tensor(ys)
-        return lp.gather(-1, y[..., None])[..., 0], -(lp.exp() * lp).sum(-1), torch.ones_like(y, dtype=torch.bool)
+        with torch.no_grad(): H = -(lp.exp() * lp).sum(-1)    # entropy_coef is 0 on both sides: reported, not differentiated
+        return lp.gather(-1, y[..., None])[..., 0], H, torch.ones_like(y, dtype=torch.bool)
 
     def score(m, ps, ys):
         team = teams[m]
-        f = (lambda: full_logprobs(team, m, ps, ys)) if "logits" in waste else (lambda: team.logprobs(m, ps, ys, s))
-        out = f()
-        if "second" in waste:
-            with torch.no_grad(): f()
+        f = (lambda: full_logprobs(team, m, ps, ys)) if "logits" in waste else (lambda: team.logprobs(m, ps, ys, s, entropy_grad=False))
+        with attention(team):
+            out = f()
+            if "second" in waste:
+                with torch.no_grad(): f()
         return out
+
+    @contextlib.contextmanager
+    def attention(team):
+        "transformers' own, in the textbook's passes."
+        if "sdpa" in waste: team.causal.set_attn_implementation("sdpa")
+        yield
+        team.causal.set_attn_implementation("short")
 
     def features(ps):
         critic = teams[2]
         if "critic" in waste: critic._seen.clear()
-        return critic.features(ps)
+        with attention(critic): return critic.features(ps)
 
-    def rollout():
+    def rollout(s):
         actions = [timed("generate", lambda: teams[m].generate(m, prompts[m], s, g)) for m in range(N)]
+        jobs = [pool.submit(p, t, entry_point=e) for p, t, e in programs]
+        if waste: timed("waiting", lambda: [j.result() for j in jobs])
         if waste:                                     # the textbook takes old log-probabilities while it plays
             with torch.no_grad(): old = [timed("score", lambda: score(m, prompts[m], [a.ids for a in actions[m]])) for m in range(N)]
         f = timed("value", lambda: torch.stack([features(prompts[m]) for m in range(N)], 1))
+        assert all(v.passed for v in timed("waiting", lambda: [j.result() for j in jobs]))
         rewards = torch.rand(1, B, N, generator=g)
         ok = torch.ones(1, B).bool()
         ro = Rollout([list(map(list, zip(*actions)))], rewards, ok, ok, [[{"task_id": 0}] * B], [[None] * B], f[None], f[:, 0])
         return ro, old if waste else None
 
-    def textbook(ro, old):
+    def textbook(ro, old, epochs):
         c = credit(teams[2], ro)
         for m in range(N):
             rows = ro.rows(m)
@@ -97,58 +121,102 @@ def child(name, epochs, waste):
                     ps, ys = [rows[k].prompt for k in i], [rows[k].ids for k in i]
                     lp, H, on = timed("forward", lambda: score(m, ps, ys))
                     loss, _ = appo_loss(lp, old[m][0][idx], adv[idx], on, H)
-                    timed("backward", loss.backward)
+                    with attention(teams[m]): timed("backward", loss.backward)
                     torch.nn.utils.clip_grad_norm_(teams[m].lora[teams[m].roles[m]], .5); opt.step(); opt.zero_grad(set_to_none=True)
                     f = timed("value", lambda: features(ps))
                     value_loss(teams[2].values(f), val[idx], ret[idx]).backward()
                     critic.step(); critic.zero_grad(set_to_none=True)
 
-    learners = [Learner(t, Settings(ppo_epoch=epochs, critic_epochs=epochs, num_mini_batch=MINI), s) for t in teams]
+    def learn(epochs): return [Learner(t, Settings(ppo_epoch=epochs, critic_epochs=epochs, num_mini_batch=MINI), s) for t in teams]
+    def ours(L):
+        remember, score = L.remember, L.score
+        L.remember = lambda *a: timed("score", lambda: remember(*a))
+        L.score = lambda *a: timed("forward", lambda: score(*a)) if torch.is_grad_enabled() else score(*a)
+        L.drift = lambda minis, f=L.drift: timed("score", lambda: f(minis))
+        return L
     if not waste:
-        L = learners[0]; plain_score, plain_logprobs = L.remember, L.score
-        L.remember = lambda *a: timed("score", lambda: plain_score(*a))
         back = torch.Tensor.backward
         torch.Tensor.backward = lambda self, *a, **k: timed("backward", lambda: back(self, *a, **k))
-        L.score = lambda *a: timed("forward", lambda: plain_logprobs(*a)) if torch.is_grad_enabled() else plain_logprobs(*a)
-    for warm in (True, False):
+    for sampling, n in [(Sampling(4, 1.), 1), (s, epochs)]:     # warm, then measured
+        learners = learn(n)
         for k in spent: spent[k] = 0.
         teams[2]._seen.clear()
-        t0 = time.perf_counter(); ro, old = rollout(); t1 = time.perf_counter()
-        if waste: textbook(ro, old)
-        else: update(learners[0], ro, credit(teams[0], ro), [0, 1])
-        t2 = time.perf_counter()
-        if warm and "--cold" in sys.argv: break
+        t0 = clock(); ro, old = rollout(sampling); t1 = clock()
+        if sampling.max_new_tokens == NEW or not waste:
+            if waste: textbook(ro, old, n)
+            else: update(ours(learners[0]), ro, credit(teams[0], ro), [0, 1])
+        t2 = clock()
+    pool.close()
     print(json.dumps(dict(rollout_s=t1 - t0, update_s=t2 - t1, peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                           parameters_m=sum(p.numel() for t in set(teams) for p in t.model.parameters()) / 1e6, spent=spent)))
 
 
-def measure(name, epochs, waste):
-    out = subprocess.run([sys.executable, __file__, "--child", name, str(epochs), ",".join(waste)], capture_output=True, text=True)
+def measure(name, epochs, waste, cpu=False):
+    out = subprocess.run([sys.executable, __file__, "--child", name, str(epochs), ",".join(waste), *["--cpu"]*cpu], capture_output=True, text=True)
     if out.returncode: raise SystemExit(out.stderr[-2000:])
-    d = json.loads(out.stdout.splitlines()[-1])
-    kinds = " ".join(f"{k} {v:.1f}" for k, v in d["spent"].items())
-    print(f"{name:9} epochs {epochs} {'textbook: ' + ' '.join(waste) if waste else 'ours':42} rollout {d['rollout_s']:6.1f} s update {d['update_s']:6.1f} s "
-          f"peak {d['peak_gib']:.2f} GiB, {d['parameters_m']:.0f} M parameters | {kinds}", flush=True)
+    d = json.loads(out.stdout.splitlines()[-1]) | dict(model=name, epochs=epochs, waste=waste)
+    print(line(d), flush=True)
     return d
 
 
+def line(d):
+    "One measurement as a row of the table."
+    side = "ours" if not d["waste"] else "textbook" if d["waste"] == TEXTBOOK else "without " + ", ".join(w for w in TEXTBOOK if w not in d["waste"])
+    return (f"| {d['model']} | {d['epochs']} | {side} | {d['rollout_s']:.1f} | {d['update_s']:.1f} | {d['peak_gib']:.2f} | {d['parameters_m']:.0f} | "
+            + " | ".join(f"{d['spent'][k]:.1f}" for k in KINDS) + " |")
+
+
+def verdict(ours, book):
+    "What a pair of measurements says."
+    total = [d["rollout_s"] + d["update_s"] for d in (ours, book)]
+    said = (f"{ours['model']}, {ours['epochs']} epoch(s): {total[1]/total[0]:.2f} x faster, {ours['peak_gib']/book['peak_gib']:.2f} x the peak memory; "
+            f"{ours['spent']['waiting']/total[0]:.1%} of our time is waiting for verdicts")
+    if ours["epochs"] == 1:
+        r = REFERENCE[ours["model"]]
+        said += (f"; textbook {book['rollout_s']:.1f} + {book['update_s']:.1f} s, {total[1]/sum(r):.2f} x the reference code's {r[0]} + {r[1]} s")
+    return said
+
+
+def costs(book, rows):
+    "What each difference costs: the textbook loop less the loop without it."
+    both = lambda d: d["rollout_s"] + d["update_s"]
+    names = [next(w for w in TEXTBOOK if w not in d["waste"]) for d in rows]
+    return f"{book['model']}, {book['epochs']} epoch(s), cost of " + "; ".join(
+        f"{n}: {both(book) - both(d):.1f} s, {book['peak_gib'] - d['peak_gib']:.2f} GiB" for n, d in zip(names, rows))
+
+
+def main(a):
+    import torch, transformers, peft
+    cpu = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.machine())
+    head = ["| model | epochs | side | rollout, s | update, s | peak, GiB | parameters, M | " + " | ".join(f"{k}, s" for k in KINDS) + " |",
+            "|---" * (7 + len(KINDS)) + "|"]
+    print("\n".join(head))
+    rows, said = [], []
+    for name in a.models:
+        for e in a.epochs:
+            ours, book = measure(name, e, (), a.cpu), measure(name, e, TEXTBOOK, a.cpu)
+            rows += [ours, book]; said.append(verdict(ours, book)); print(said[-1], flush=True)
+            if a.costs and e == 1 and name == a.models[-1]:
+                less = [measure(name, e, tuple(x for x in TEXTBOOK if x != w), a.cpu) for w in TEXTBOOK]
+                rows += less; said.append(costs(book, less)); print(said[-1], flush=True)
+    if not a.write: return
+    machine = (f"{time.strftime('%Y-%m-%d')}, {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, Python "
+               f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; "
+               f"{'CPU seconds' if a.cpu else 'seconds'}, one run each.")
+    text = ["# One APPO rollout and update", "", machine, "", *(f"- {x}" for x in said), "", *head, *map(line, rows), "", *__doc__.splitlines()[4:]]
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "appo.md").write_text("\n".join(text) + "\n")
+
+
 if __name__ == "__main__":
+    clock = time.process_time if "--cpu" in sys.argv else time.perf_counter
     if "--child" in sys.argv:
         i = sys.argv.index("--child")
         child(sys.argv[i+1], int(sys.argv[i+2]), tuple(x for x in sys.argv[i+3].split(",") if x)); sys.exit()
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--models", nargs="*", default=["embedded", "qwen2x8"])
     ap.add_argument("--epochs", nargs="*", type=int, default=[1, 5])
-    ap.add_argument("--costs", action="store_true", help="also switch each of the four off by itself")
-    a = ap.parse_args()
-    rows = []
-    for name in a.models:
-        for e in a.epochs:
-            ours, book = measure(name, e, ()), measure(name, e, WASTE)
-            speed = (book["rollout_s"] + book["update_s"]) / (ours["rollout_s"] + ours["update_s"])
-            print(f"{name}, {e} epochs: {speed:.2f} x faster, peak memory {ours['peak_gib']/book['peak_gib']:.2f} x", flush=True)
-            rows.append(dict(model=name, epochs=e, ours=ours, textbook=book, speedup=speed, memory=ours["peak_gib"] / book["peak_gib"]))
-            if a.costs: rows[-1]["without"] = {w: measure(name, e, tuple(x for x in WASTE if x != w)) for w in WASTE}
-    (HERE / "results").mkdir(exist_ok=True)
-    machine = dict(platform=platform.platform(), cores=os.cpu_count(), date=time.strftime("%Y-%m-%d"))
-    (HERE / "results" / "appo.json").write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + "\n")
+    ap.add_argument("--costs", action="store_true", help="also switch each difference off by itself, for the last model at 1 epoch")
+    ap.add_argument("--cpu", action="store_true", help="CPU seconds instead of wall clock, for a busy machine")
+    ap.add_argument("--write", action="store_true", help="write results/appo.md")
+    main(ap.parse_args())
