@@ -167,6 +167,7 @@ def build_tasks(
         raise ValueError(f"{len(shared)} held-out tasks are also training tasks, e.g. {shared[0]}; give disjoint files, or leave test_dataset_path out")
     return train, test
 
+# %% ../nbs/05_appo.ipynb #c013
 def build_team(
     cfg:APPOConfig,
     base=None,         # an already loaded base
@@ -187,6 +188,7 @@ def build_team(
                 init_adapter=cfg.init_adapter_path and resolve_path(cfg.init_adapter_path),
                 gradient_checkpointing=cfg.gradient_checkpointing)
 
+# %% ../nbs/05_appo.ipynb #c014
 def build_env(
     cfg:APPOConfig,
     team:Team,
@@ -204,7 +206,7 @@ def build_env(
                    context_window=cfg.context_window, max_new_tokens=cfg.max_new_tokens,
                    exec_timeout_s=cfg.exec_timeout_s, seed=cfg.seed)
 
-# %% ../nbs/05_appo.ipynb #c018
+# %% ../nbs/05_appo.ipynb #c020
 class Stop:
     "Whether a signal asked this process to end."
     asked:bool=False
@@ -225,7 +227,7 @@ def interruptible():
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/05_appo.ipynb #c019
+# %% ../nbs/05_appo.ipynb #c021
 def train_appo(
     cfg:APPOConfig,
     run:Run,
@@ -262,6 +264,7 @@ def train_appo(
             raise
     return summarise(s, run, found)
 
+# %% ../nbs/05_appo.ipynb #c022
 def _save_team(s, folder):
     "The team alone, by the first of several ranks."
     with atomic_dir(folder) as tmp: s.team.save(tmp)

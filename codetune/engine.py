@@ -29,6 +29,7 @@ class Completion:
     logprobs:list[float]      # of each token, on the path that generated it
     truncated:bool            # no end token: cut by `max_new_tokens`
 
+# %% ../nbs/machinery/engine.ipynb #c007
 def support(
     logits:Tensor,       # (P, V) already divided by the temperature
     top_k:int=0,         # 0 keeps all
@@ -45,7 +46,7 @@ def support(
     if keep is not None: off.scatter_(-1, keep[:,None], False)
     return logits.masked_fill(off, -torch.inf)
 
-# %% ../nbs/machinery/engine.ipynb #c009
+# %% ../nbs/machinery/engine.ipynb #c010
 def draw(
     logits:Tensor,               # (B, V)
     sampling:Sampling,
@@ -59,7 +60,7 @@ def draw(
     ids = torch.searchsorted(cdf, u, right=True).clamp(max=z.shape[-1]-1)
     return ids[:,0], z.gather(-1, ids)[:,0]
 
-# %% ../nbs/machinery/engine.ipynb #c012
+# %% ../nbs/machinery/engine.ipynb #c013
 def left_pad(
     prompts:list[list[int]],
     pad_id:int,
@@ -71,7 +72,7 @@ def left_pad(
     mask = torch.tensor([[0]*(T-len(p))+[1]*len(p) for p in prompts], device=device)
     return ids, mask
 
-# %% ../nbs/machinery/engine.ipynb #c014
+# %% ../nbs/machinery/engine.ipynb #c015
 class TransformersEngine:
     "Samples with the team's own model and adapters."
     def __init__(self,
@@ -121,6 +122,7 @@ class TransformersEngine:
             logits,cache = team.step(tokens[:,None], mask, mask.sum(-1, keepdim=True)-1, cache)
         return out
 
+# %% ../nbs/machinery/engine.ipynb #c016
 def _fill(rows, sizes, max_tokens):
     "Groups of unique prompts, sorted by length, whose expanded rows stay within `max_tokens`."
     out,n = [],0
@@ -130,7 +132,7 @@ def _fill(rows, sizes, max_tokens):
         else: out.append([i]); n = count
     return out
 
-# %% ../nbs/machinery/engine.ipynb #c021
+# %% ../nbs/machinery/engine.ipynb #c023
 class VLLMEngine:
     "Samples with vLLM: one LoRA request per agent, adapters written out again at every `refresh`."
     def __init__(self,
@@ -176,6 +178,7 @@ class VLLMEngine:
         return Completion(ids, [d[i].logprob for i,d in zip(ids, o.logprobs or [])],
                           not ids or ids[-1] not in eos_ids)
 
+# %% ../nbs/machinery/engine.ipynb #c024
 def sys_modules():
     "Modules loaded so far; a name so that the check above also sees one that was put there by hand."
     import sys

@@ -40,6 +40,7 @@ def gathered(
     dist.all_gather_object(out, x.cpu())
     return torch.cat(out).to(x.device)
 
+# %% ../nbs/machinery/learner.ipynb #c007
 def sum_gradients(
     params:list,   # whose `grad` becomes the sum over ranks
 ):
@@ -49,7 +50,7 @@ def sum_gradients(
     flat = total(torch.cat([p.grad.flatten() for p in params]))
     for p,g in zip(params, flat.split([p.numel() for p in params])): p.grad.copy_(g.view_as(p))
 
-# %% ../nbs/machinery/learner.ipynb #c008
+# %% ../nbs/machinery/learner.ipynb #c009
 MAX_LOGRATIO = 20.  # nats; a message 5e8 times as likely as before is a fault, not progress
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Settings:
     huber_delta:float=10.
     normalization_mode:str="sum"    # sum, token or word
 
+# %% ../nbs/machinery/learner.ipynb #c010
 def message_norm(
     mode:str,         # sum, token or word
     ids:list,         # (M,) lists of token ids
@@ -80,7 +82,7 @@ def message_norm(
     if mode not in counts: raise ValueError(f"normalization_mode={mode!r}; expected sum, token or word")
     return torch.tensor([max(1, n) for n in counts[mode]], dtype=torch.float32)
 
-# %% ../nbs/machinery/learner.ipynb #c010
+# %% ../nbs/machinery/learner.ipynb #c012
 class Learner:
     "Updates a team from rollouts."
     def __init__(self,
@@ -108,7 +110,7 @@ class Learner:
     def load_state_dict(self, state):
         for k,o in [*self.opts.items(), ("value_head", self.critic)]: o.load_state_dict(state[k])
 
-# %% ../nbs/machinery/learner.ipynb #c012
+# %% ../nbs/machinery/learner.ipynb #c014
 def _step(opt, params, max_norm):
     "Clip and step; False, and nothing moves, if the gradient is not finite."
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
@@ -116,6 +118,7 @@ def _step(opt, params, max_norm):
     opt.zero_grad(set_to_none=True)
     return ok, float(norm)
 
+# %% ../nbs/machinery/learner.ipynb #c015
 def update_critic(self, c:Credit)->dict:
     "Fit the value head to the returns."
     f,old,ret,s = c.features,c.values.to(c.features.device),c.returns.to(c.features.device),self.s
@@ -136,7 +139,7 @@ def update_critic(self, c:Credit)->dict:
 
 Learner.update_critic = update_critic
 
-# %% ../nbs/machinery/learner.ipynb #c014
+# %% ../nbs/machinery/learner.ipynb #c017
 @dataclass
 class Micro:
     "Rows that share one forward pass, and what is fixed about them."
@@ -149,6 +152,7 @@ class Micro:
     old:Tensor=None            # (M, T)
     ref:Tensor=None            # (M, T) of the starting adapter, where wanted
 
+# %% ../nbs/machinery/learner.ipynb #c018
 def lay_out(self, m, ro:Rollout, c:Credit)->list[list[Micro]]:
     "Agent m's minibatches of micro-batches, without the rows that are no part of training."
     adv = c.advantages[:,:,m].flatten(0, 1)
@@ -171,6 +175,7 @@ def lay_out(self, m, ro:Rollout, c:Credit)->list[list[Micro]]:
 def score(self, m, x:Micro):
     return self.team.logprobs(m, x.prompts, x.ids, self.sampling, entropy_grad=self.s.entropy_coef>0)
 
+# %% ../nbs/machinery/learner.ipynb #c019
 @torch.no_grad()
 def remember(self, m, minis):
     """Old log-probabilities of the micro-batches, and those of the starting adapter if `kl_coef`. On a CPU the first minibatch needs no
@@ -182,6 +187,7 @@ def remember(self, m, minis):
 
 def reference(self, x:Micro): return self.team.logprobs("start", x.prompts, x.ids, self.sampling)[0]
 
+# %% ../nbs/machinery/learner.ipynb #c020
 @torch.no_grad()
 def drift(self, minis)->dict:
     "How far the old policy was from what generated, and, on one message in eight, from the start: nats per message."
@@ -197,7 +203,7 @@ def drift(self, minis)->dict:
 Learner.lay_out,Learner.score,Learner.remember = lay_out,score,remember
 Learner.reference,Learner.drift = reference,drift
 
-# %% ../nbs/machinery/learner.ipynb #c015
+# %% ../nbs/machinery/learner.ipynb #c021
 def update_policy(self, m, ro:Rollout, c:Credit)->dict:
     "PPO epochs of agent m; returns means over its steps, and what the guards did."
     s,role = self.s,self.team.roles[m]
@@ -224,6 +230,7 @@ def update_policy(self, m, ro:Rollout, c:Credit)->dict:
                 if verdict=="kl_stop": return self._mean(log) | self.drift(minis) | counts
     return self._mean(log) | self.drift(minis) | counts
 
+# %% ../nbs/machinery/learner.ipynb #c022
 def minibatch(self, m, micros, noise)->tuple:
     "Gradients of one minibatch, unless a guard forbids it: ('ok' | 'kl_stop' | 'ratio' | 'nonfinite', metrics, noise)."
     s,whole = self.s,total(sum(x.units for x in micros))
@@ -244,6 +251,7 @@ def minibatch(self, m, micros, noise)->tuple:
         loss.backward()
     return "ok", out, kl if noise is None else noise
 
+# %% ../nbs/machinery/learner.ipynb #c023
 def _mean(self, log):
     "Mean of each metric over the minibatches that have it."
     keys = {k for x in log for k in x}
@@ -251,7 +259,7 @@ def _mean(self, log):
 
 Learner.update_policy,Learner.minibatch,Learner._mean = update_policy,minibatch,_mean
 
-# %% ../nbs/machinery/learner.ipynb #c028
+# %% ../nbs/machinery/learner.ipynb #c036
 def update(
     learner:Learner,
     ro:Rollout,

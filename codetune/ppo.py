@@ -115,6 +115,7 @@ def _metrics(logratio, clip_param, loss, entropy, on):
             "policy/ratio_mean":ratio.sum()/n,
             "policy/max_logratio":logratio.abs().max() if on.any() else logratio.new_zeros(())}
 
+# %% ../nbs/machinery/ppo.ipynb #c023
 def appo_loss(
     logprobs:Tensor,         # (M, T) of the tokens now, nats, right-padded
     old_logprobs:Tensor,     # (M, T) at rollout time
@@ -132,6 +133,7 @@ def appo_loss(
     loss = -surrogate(logratio, advantages, clip_param).mean()
     return loss - entropy_coef*H, _metrics(logratio, clip_param, loss, H, loss_mask.any(-1))
 
+# %% ../nbs/machinery/ppo.ipynb #c024
 def tppo_loss(
     logprobs:Tensor,         # (M, T) of the tokens now, nats, right-padded
     old_logprobs:Tensor,     # (M, T) at rollout time
@@ -148,7 +150,7 @@ def tppo_loss(
     loss = -(surrogate(logratio, advantages, clip_param)*loss_mask).sum()/n
     return loss - entropy_coef*H, _metrics(logratio, clip_param, loss, H, loss_mask)
 
-# %% ../nbs/machinery/ppo.ipynb #c027
+# %% ../nbs/machinery/ppo.ipynb #c029
 def kl_penalty(
     logprobs:Tensor,      # (M, T) now, nats
     ref_logprobs:Tensor,  # (M, T) of the starting adapter
@@ -157,7 +159,7 @@ def kl_penalty(
     "Half the squared log-ratio to the reference; on fresh samples its gradient is that of KL(policy || reference)."
     return (.5*((logprobs - ref_logprobs)*loss_mask).square()).sum(-1).mean()
 
-# %% ../nbs/machinery/ppo.ipynb #c030
+# %% ../nbs/machinery/ppo.ipynb #c032
 def value_loss(
     values:Tensor,             # (M,) now
     old_values:Tensor,         # (M,) at rollout time
@@ -181,7 +183,7 @@ def explained_variance(
     var = returns.var(correction=0)
     return float("nan") if var==0 else float(1 - (returns-values).var(correction=0)/var)
 
-# %% ../nbs/machinery/ppo.ipynb #c033
+# %% ../nbs/machinery/ppo.ipynb #c035
 def plan_minibatches(
     lengths:list[int],            # (M,) tokens of each sequence
     num_mini_batch:int,           # optimizer steps per pass

@@ -35,6 +35,7 @@ def hold_out(
     if not s.rank: print(f"  {sum(rates.values())/max(1, len(rates)):.3f} passed, {time.perf_counter()-t0:.0f} s", flush=True)
     return rates
 
+# %% ../nbs/machinery/progress.ipynb #c006
 def versus(
     a:dict,  # task_id -> pass rate
     b:dict,
@@ -43,7 +44,7 @@ def versus(
     both = sorted(set(a)&set(b))
     return compare({t:a[t] for t in both}, {t:b[t] for t in both}) if len(both)>1 else None
 
-# %% ../nbs/machinery/progress.ipynb #c008
+# %% ../nbs/machinery/progress.ipynb #c009
 def worth(
     s:Session,
     run,              # Run
@@ -66,7 +67,7 @@ def numbers(
     return {f"{k}{end}": getattr(c.diff, part) for k,c in found.items() if c
             for end,part in [("", "mean"), ("_low", "low"), ("_high", "high")]}
 
-# %% ../nbs/machinery/progress.ipynb #c011
+# %% ../nbs/machinery/progress.ipynb #c012
 def evaluate_start(s, run, test, pool)->dict:
     "Evaluate the starting point, and the bare base below an SFT adapter where asked."
     if s.cfg.eval_base and s.cfg.init_adapter_path: hold_out(s, run, test, pool, "base", who="base")
@@ -89,6 +90,7 @@ def evaluate_end(s, run, test, pool, start:dict)->dict:
     out = {"eval/after":rates, "eval/gain":versus(start, rates)}
     return out | (worth(s, run, test, pool, rates) if s.cfg.eval_worth else {})
 
+# %% ../nbs/machinery/progress.ipynb #c013
 def report(
     s:Session,
     run,          # Run
@@ -113,7 +115,7 @@ def report(
                         f"kl {max(kl, default=0):.3f} {row['time/tokens_per_s']:.0f} tok/s")
     bar.update()
 
-# %% ../nbs/machinery/progress.ipynb #c013
+# %% ../nbs/machinery/progress.ipynb #c015
 def is_guard(
     key:str,  # of a metric
 )->bool:

@@ -29,6 +29,7 @@ def repetition(
     grams = [tuple(ids[i:i+n]) for i in range(len(ids)-n+1)]
     return 1 - len(set(grams))/len(grams) if grams else 0.
 
+# %% ../nbs/machinery/session.ipynb #c007
 def alarms(
     log:list[dict],  # metrics of every update so far
     roles:list[str],
@@ -52,7 +53,7 @@ def alarms(
                                 f"from {a:.2f} to {b:.2f}")
     return found
 
-# %% ../nbs/machinery/session.ipynb #c009
+# %% ../nbs/machinery/session.ipynb #c010
 @dataclass(frozen=True)
 class Ablation:
     "Seams for experiments; the defaults change nothing."
@@ -60,6 +61,7 @@ class Ablation:
     relay:object=None   # (agent, texts) -> what others hear
     pay:object=None     # (S, B, N) rewards -> rewards
 
+# %% ../nbs/machinery/session.ipynb #c011
 class Session:
     "One training run in progress."
     def __init__(self,
@@ -106,6 +108,7 @@ class Session:
         self.env.load_state_dict(w["env"])
         self.update,self.env_steps,self.best,self.log = w["update"],w["env_steps"],w["best"],list(w["log"])
 
+# %% ../nbs/machinery/session.ipynb #c012
 def _clone(x):
     "A deep copy in which tensors are cloned."
     if isinstance(x, torch.Tensor): return x.detach().clone()
@@ -113,7 +116,7 @@ def _clone(x):
     if isinstance(x, (list, tuple)): return type(x)(_clone(v) for v in x)
     return x
 
-# %% ../nbs/machinery/session.ipynb #c010
+# %% ../nbs/machinery/session.ipynb #c013
 def save(self, folder:Path):
     "Write a checkpoint: whole, or not at all. With several ranks, the first writes for all."
     s = self.state()
@@ -128,6 +131,7 @@ def save(self, folder:Path):
                                                   parameters=asdict(self.cfg)))
     return folder
 
+# %% ../nbs/machinery/session.ipynb #c014
 def resume(self, path:str|Path):
     "Go on from a checkpoint, or from the newest one of a run directory."
     folder = resolve_path(path)
@@ -152,7 +156,7 @@ def all_ranks(
 
 Session.save,Session.resume = save,resume
 
-# %% ../nbs/machinery/session.ipynb #c012
+# %% ../nbs/machinery/session.ipynb #c016
 def agents_in_turn(
     cfg,              # APPOConfig
     update:int,       # number of this update, from 0
@@ -163,6 +167,7 @@ def agents_in_turn(
     if update<cfg.warmup_steps: return []
     return [env_steps//cfg.agent_iteration_interval%n] if cfg.agent_iteration_interval else list(range(n))
 
+# %% ../nbs/machinery/session.ipynb #c017
 def play(self)->dict:
     "One update; returns its metrics and keeps the rollout for a look."
     cfg,t0 = self.cfg,time.perf_counter()
@@ -186,6 +191,7 @@ def play(self)->dict:
                            "count/tokens":so_far+int(out.pop("count/tokens"))})
     return self.log[-1]
 
+# %% ../nbs/machinery/session.ipynb #c018
 def describe_rollout(
     team:Team,
     ro,           # Rollout
@@ -213,7 +219,7 @@ def describe_rollout(
 
 Session.play = play
 
-# %% ../nbs/machinery/session.ipynb #c015
+# %% ../nbs/machinery/session.ipynb #c021
 def keep_best(self, run, rate:float):
     "Replace `best/` if this is the best held-out pass rate so far."
     if rate<=self.best: return
@@ -236,6 +242,7 @@ def checkpoint(self, run):
     for p in old[:max(0, len(old)-max(1, self.cfg.keep_checkpoints))]:
         if not self.rank: shutil.rmtree(p)
 
+# %% ../nbs/machinery/session.ipynb #c022
 def dialogues(self, run, n:int=2):
     "Keep the first rollouts of the latest update with their verdicts."
     if self.rank: return

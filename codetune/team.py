@@ -70,6 +70,7 @@ class Action:
     truncated:bool            # cut by the token limit: no end token
     logprobs:list[float]      # of each token, on the generation path
 
+# %% ../nbs/machinery/team.ipynb #c012
 def check_profiles(
     profiles:list[dict],  # of `role`, `prompt`, `with_answer`
 )->list[str]:             # roles, in the order in which they act
@@ -88,7 +89,7 @@ def check_profiles(
         raise ValueError("no profile has with_answer true: nobody answers")
     return roles
 
-# %% ../nbs/machinery/team.ipynb #c013
+# %% ../nbs/machinery/team.ipynb #c014
 class Team:
     "One frozen base, one trainable fp32 LoRA adapter per role, one value head on the bare base."
     def __init__(self,
@@ -149,7 +150,7 @@ class Team:
         for ps in self.lora.values():
             for p in ps: p.requires_grad_(True)
 
-# %% ../nbs/machinery/team.ipynb #c015
+# %% ../nbs/machinery/team.ipynb #c016
 @patch
 @contextmanager
 def use(self:Team,
@@ -166,6 +167,7 @@ def use(self:Team,
         self._flags(); yield
     self._flags()
 
+# %% ../nbs/machinery/team.ipynb #c017
 @patch
 def step(self:Team,
     ids:Tensor,    # (B, T) left-padded
@@ -179,6 +181,7 @@ def step(self:Team,
                    use_cache=True)
     return self.head(o.last_hidden_state[:,-1]), o.past_key_values
 
+# %% ../nbs/machinery/team.ipynb #c018
 @patch
 def generate(self:Team,
     agent:int|str|None,        # who speaks, as for `use`
@@ -191,7 +194,7 @@ def generate(self:Team,
     texts = self.tokenizer.batch_decode([c.ids for c in done], skip_special_tokens=True)
     return [Action(list(p), c.ids, t, c.truncated, c.logprobs) for p,c,t in zip(prompts, done, texts)]
 
-# %% ../nbs/machinery/team.ipynb #c017
+# %% ../nbs/machinery/team.ipynb #c020
 @patch
 def hidden(self:Team,
     prompts:list[list[int]],
@@ -209,6 +212,7 @@ def hidden(self:Team,
     h = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
     return h[at[:,0], at[:,1]], place
 
+# %% ../nbs/machinery/team.ipynb #c021
 @patch
 def logprobs(self:Team,
     agent:int|str|None,        # who is asked, as for `use`
@@ -225,6 +229,7 @@ def logprobs(self:Team,
         out = lp.new_zeros(2, *place.shape)
         return out[0].masked_scatter(place, lp), out[1].masked_scatter(place, H), place
 
+# %% ../nbs/machinery/team.ipynb #c022
 @patch
 def _score(self:Team, h, y, s, entropy_grad):
     "Log-probabilities and entropies of the ids `y` under the sampling distribution `s`."
@@ -237,7 +242,7 @@ def _score(self:Team, h, y, s, entropy_grad):
     lp = support((z if z.dtype==torch.float64 else z.float())/t, s.top_k, s.top_p, keep=y).log_softmax(-1)
     return lp.gather(-1, y[:,None])[:,0], torch.special.entr(lp.exp()).sum(-1)
 
-# %% ../nbs/machinery/team.ipynb #c019
+# %% ../nbs/machinery/team.ipynb #c024
 @patch
 @torch.no_grad()
 def features(self:Team,
@@ -261,6 +266,7 @@ def forget(self:Team):
     "Drop the remembered features."
     self._seen.clear()
 
+# %% ../nbs/machinery/team.ipynb #c025
 @patch
 @torch.no_grad()
 def token_features(self:Team,
@@ -283,7 +289,7 @@ def values(self:Team,
     "The value head's estimates."
     return self.value_head(features)
 
-# %% ../nbs/machinery/team.ipynb #c021
+# %% ../nbs/machinery/team.ipynb #c027
 @patch
 def save_adapter(self:Team,
     role:str,
@@ -308,6 +314,7 @@ def save(self:Team,
     (folder/"team.json").write_text(json.dumps(dict(profiles=self.profiles, source=self.source), indent=1,
                                                ensure_ascii=False)+"\n")
 
+# %% ../nbs/machinery/team.ipynb #c028
 @patch
 def restore(self:Team,
     folder:str|Path,   # written by `save`
@@ -326,6 +333,7 @@ def restore(self:Team,
     self.engine.refresh(self)
     return self
 
+# %% ../nbs/machinery/team.ipynb #c029
 @patch(cls_method=True)
 def load(cls:Team,
     folder:str|Path,        # a checkpoint

@@ -20,6 +20,7 @@ from .team import Team
 # %% ../nbs/machinery/team_eval.ipynb #c005
 _HEARD = ("own", "none", "other", "start")
 
+# %% ../nbs/machinery/team_eval.ipynb #c006
 def evaluate_team(
     team:Team,
     tasks:list[dict],
@@ -67,6 +68,7 @@ def evaluate_team(
                     program=info["program"] or "", verdict=asdict(v), passed=bool(v.passed))
     return [rows[k] for k in sorted(rows)]
 
+# %% ../nbs/machinery/team_eval.ipynb #c007
 def pass_rates(
     rows:list[dict],   # of `evaluate_team`; samples that the sandbox could not judge are left out
 )->dict:               # task_id -> share of its samples that passed
