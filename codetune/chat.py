@@ -25,7 +25,8 @@ def model_kind(
     inside = [p.parent for n in ("team.json", "adapter_config.json") for p in folder.rglob(n)]
     near = sorted({p.relative_to(folder).as_posix() for p in inside})
     hint = f"; below it there are {', '.join(near[:4])}" if near else ""
-    raise ValueError(f"{path} holds no team.json, adapter_config.json or config.json{hint}")
+    what = "give the folder of a base, an adapter, a merged model or a team (final/, checkpoints/steps_0050)"
+    raise ValueError(f"{path} holds no team.json, adapter_config.json or config.json{hint}; {what}")
 
 # %% ../nbs/machinery/chat.ipynb #c009
 def base_of(

@@ -113,11 +113,13 @@ def check_names(
     known = list(known)
     for name in names:
         if name in known: continue
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"unknown {kind} {name}{hint}; {where or 'this notebook'} takes {', '.join(known)}")
+        some = f"{len(known)} names, among them {', '.join(near)}"  # a list of seventy hides the nearest
+        takes = some if near and len(known)>20 else ", ".join(known)
+        raise ValueError(f"unknown {kind} {name}{hint}; {where or 'this notebook'} takes {takes}")
 
-# %% ../nbs/machinery/config.ipynb #c017
+# %% ../nbs/machinery/config.ipynb #c018
 PARAMETERS = "# parameters:"  # first line of every parameters cell
 INJECTED = "# Parameters"      # first line of the cell that papermill injects
 _cells = {}                    # source of the last parameters cell and the last injected one, and whose they are
@@ -154,12 +156,12 @@ def watch_parameters():
     shell.events.register("pre_run_cell", _record)
     shell._codetune_watch = True
 
-# %% ../nbs/machinery/config.ipynb #c019
+# %% ../nbs/machinery/config.ipynb #c020
 watch_parameters()
 warnings.filterwarnings("ignore", message="IProgress not found")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# %% ../nbs/machinery/config.ipynb #c022
+# %% ../nbs/machinery/config.ipynb #c023
 def _default(f):
     "The default of dataclass field `f`, or MISSING."
     if f.default is not MISSING: return f.default
@@ -182,7 +184,7 @@ def _sources(cls, ns, in_test, overrides):
         else: chosen[f.name] = default,"default"
     return chosen
 
-# %% ../nbs/machinery/config.ipynb #c023
+# %% ../nbs/machinery/config.ipynb #c024
 def configure(
     cls:type,                  # the stage's frozen dataclass
     ns:dict|None=None,         # `globals()` of the notebook
@@ -201,7 +203,7 @@ def configure(
     print(f"{cls.__name__}: " + (", ".join(changed) if changed else "all defaults"))
     return cls(**values)
 
-# %% ../nbs/machinery/config.ipynb #c030
+# %% ../nbs/machinery/config.ipynb #c031
 def load_recipe(
     path:str|Path,   # a YAML file, or the bare name of one in nbs/recipes
 )->dict[str,object]: # parameter names to values
@@ -217,7 +219,7 @@ def load_recipe(
         raise ValueError(f"{file}: a recipe is `name: value` lines, this is a {type(recipe).__name__}")
     return recipe
 
-# %% ../nbs/machinery/config.ipynb #c033
+# %% ../nbs/machinery/config.ipynb #c034
 def read_fields(
     module:str,    # dotted name, e.g. `codetune.appo`; found but not imported
     cls:str,       # name of a dataclass in it

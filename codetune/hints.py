@@ -36,6 +36,7 @@ def hint(
     "Where to read on."
     if isinstance(error, OSError) and error.errno==errno.ENOSPC: error = "No space left"
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    if "unknown parameter" in text: return ""  # it lists parameters, and some are named like problems
     for pattern,heading in SECTIONS:
         if re.search(pattern, text): return f"help: {GUIDE}#{anchor(heading)}"
     return ""

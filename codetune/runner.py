@@ -21,7 +21,9 @@ def notebooks_dir(
 )->Path:  # `nbs/` of the project
     "The folder of the stage notebooks; outside a clone of the project it raises `FileNotFoundError`."
     path = project_root()/"nbs"
-    if not path.is_dir(): raise FileNotFoundError(f"{path} is missing: run codetune inside a clone of the project, where nbs/ holds the stages")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is missing: run codetune inside a clone of the project, where nbs/ holds "
+            "the stages")
     return path
 
 def find_stage(
@@ -31,7 +33,7 @@ def find_stage(
     if name.endswith(".ipynb") and (path := resolve_path(name)).is_file(): return path
     stages = sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
     match = [p for p in stages if name in (p.stem, p.stem[:2], p.stem[3:])]
-    if not match: check_names([name], [p.stem for p in stages], "the project")
+    if not match: check_names([name], [p.stem for p in stages], "the project", kind="stage")
     return match[0]
 
 def stage_parameters(
@@ -136,7 +138,8 @@ def load_pipeline(
     "Read and check a pipeline; unknown keys and repeated ids raise `ValueError`."
     folder = notebooks_dir()/"pipelines"
     path = next((p for p in (resolve_path(name), folder/f"{name}.yaml") if p.is_file()), None)
-    if path is None: check_names([name], [p.stem for p in sorted(folder.glob("*.yaml"))], "nbs/pipelines")
+    if path is None:
+        check_names([name], [p.stem for p in sorted(folder.glob("*.yaml"))], "codetune pipeline", kind="pipeline")
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     check_names(spec, ("name","about","experiment_name","stages"), path.name)
     for stage in spec["stages"]:
