@@ -8,6 +8,7 @@ __all__ = ['SandboxError', 'Pool', 'submit', 'check_', 'map_', 'report', 'close'
 # %% ../nbs/machinery/sandbox.ipynb #c003
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,6 +34,19 @@ def _import_set(solution, test):
     text = solution + test
     return "science" if any(w in text for w in _SCIENCE) else "std"
 
+def _interpreter(python):
+    "The absolute path of an interpreter; a relative one counts from the project root, a bare name from PATH."
+    if python is None: return sys.executable
+    text = str(python)
+    if os.sep in text:
+        from codetune.config import resolve_path
+        found = str(resolve_path(text))
+    else: found = shutil.which(text)
+    if not found or not os.access(found, os.X_OK) or os.path.isdir(found):
+        raise ValueError(f"python={text!r} is no interpreter ({found or 'not on PATH'}); `make setup-tasks` builds "
+                         ".venv-tasks/bin/python")
+    return found
+
 def _sources():
     "The library's own sources for the interpreters that it starts, in order of import."
     here = Path(sandbox_server.__file__).parent
@@ -49,9 +63,9 @@ class Pool:
         allow_unsafe:bool=False,  # accept resource limits alone, without isolation
         off:tuple=(),             # layers to leave out, to see what each is for; never in earnest
     ):
-        if require not in (None, "A", "B",
-                           "C"): raise ValueError(f"require={require!r} is not one of A, B, C")
-        self.n_slots,self.python = n_slots or os.cpu_count(),str(python or sys.executable)
+        if require not in (None, "A", "B", "C"): raise ValueError(f"require={require!r} is not one of A, B, C")
+        if n_slots is not None and n_slots<1: raise ValueError(f"n_slots={n_slots} must be at least 1")
+        self.n_slots,self.python = n_slots or os.cpu_count(),_interpreter(python)
         self.require,self.allow_unsafe,self.off = require,allow_unsafe,list(off)
         self._pending,self._lock,self._next,self._room = {},threading.RLock(),0,threading.BoundedSemaphore(4096)
         self._closed,self._proc,self._why = False,None,"it was killed"
@@ -142,8 +156,8 @@ def submit(
     entry_point:str="task_func",  # the function that the tests call
 )->Future:                        # of a Verdict
     "Queue one program. Raises `ValueError` where the tests define no test; waits while 4,096 are queued."
-    if mode not in ("auto", "inprocess",
-                    "io"): raise ValueError(f"mode={mode!r} is not one of auto, inprocess, io")
+    if mode not in ("auto", "inprocess", "io"): raise ValueError(f"mode={mode!r} is not one of auto, inprocess, io")
+    if timeout<=0 or mem_mib<=0: raise ValueError(f"timeout={timeout} and mem_mib={mem_mib} must be positive")
     p = plan(test, entry_point)
     chosen = ("io" if p.io else "inprocess") if mode=="auto" else mode
     return self._ask(dict(solution=solution, test=test, guarded=p.guarded, guard=GUARD, expected=p.expected,
