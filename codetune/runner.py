@@ -22,8 +22,8 @@ def notebooks_dir(
     "The folder of the stage notebooks; outside a clone of the project it raises `FileNotFoundError`."
     path = project_root()/"nbs"
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is missing: run codetune inside a clone of the project, where nbs/ holds "
-            "the stages")
+        raise FileNotFoundError(f"{path} is missing: run codetune inside a clone of the project, where nbs/ "
+            "holds the stages")
     return path
 
 def find_stage(
@@ -43,7 +43,8 @@ def stage_parameters(
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())), "")
     nodes = [n for n in ast.parse(source).body if isinstance(n, (ast.Assign,ast.AnnAssign))]
-    return {(n.target if isinstance(n, ast.AnnAssign) else n.targets[0]).id:ast.unparse(n.value) for n in nodes}
+    name = lambda n: (n.target if isinstance(n, ast.AnnAssign) else n.targets[0]).id
+    return {name(n):ast.unparse(n.value) for n in nodes}
 
 # %% ../nbs/machinery/runner.ipynb #c009
 STAGES = {  # notebook -> its module, configuration class and entry function
@@ -91,7 +92,8 @@ class StageFailed(RuntimeError):
 def _keep_notebook(executed, record, stage):
     "Move the executed notebook into the run directory; where the stage made none, keep it beside the runs."
     run_dir = Path(record.read_text()) if record.stat().st_size else None
-    target = (run_dir/f"{stage}.ipynb") if run_dir else runs_root()/"not_started"/f"{stage}_{time.strftime('%Y%m%d-%H%M%S')}.ipynb"
+    lost = f"{stage}_{time.strftime('%Y%m%d-%H%M%S')}.ipynb"
+    target = run_dir/f"{stage}.ipynb" if run_dir else runs_root()/"not_started"/lost
     target.parent.mkdir(parents=True, exist_ok=True)
     if executed.exists(): shutil.move(executed, target)
     return run_dir,target
@@ -99,7 +101,8 @@ def _keep_notebook(executed, record, stage):
 def _write_error(error):
     "What a papermill error says to a person: the cell, the exception, the last lines of its traceback."
     lines = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).strip().splitlines()
-    return f"cell {error.exec_count}: {error.ename}: {error.evalue}\n" + "\n".join(f"  {l}" for l in lines[-12:])
+    tail = "\n".join(f"  {l}" for l in lines[-12:])
+    return f"cell {error.exec_count}: {error.ename}: {error.evalue}\n{tail}"
 
 # %% ../nbs/machinery/runner.ipynb #c013
 def run_stage(
@@ -113,22 +116,28 @@ def run_stage(
     import papermill
     from papermill.exceptions import PapermillExecutionError
     path = find_stage(name)
-    values,source = merge_parameters(path, given or {}, load_recipe(recipe) if isinstance(recipe, (str,Path)) else recipe)
-    print(f"{path.stem}: "+(", ".join(f"{n}={v!r} ({source[n]})" for n,v in values.items()) or "all defaults"), flush=True)
+    if isinstance(recipe, (str,Path)): recipe = load_recipe(recipe)
+    values,source = merge_parameters(path, given or {}, recipe)
+    chosen = ", ".join(f"{n}={v!r} ({source[n]})" for n,v in values.items())
+    print(f"{path.stem}: {chosen or 'all defaults'}", flush=True)
     stream = None if quiet else sys.stdout
     with tempfile.TemporaryDirectory() as tmp:
         executed,record = Path(tmp)/path.name,Path(tmp)/"run_dir"; record.touch()
         os.environ.update(CODETUNE_RUN_RECORD=str(record)); os.environ.setdefault("TQDM_MININTERVAL", "5")
         failed = None
-        try: papermill.execute_notebook(path, executed, values, kernel_name="python3", progress_bar=False, stdout_file=stream, stderr_file=stream, cwd=str(project_root()), extra_arguments=["--log-level=40"])
+        how = dict(kernel_name="python3", progress_bar=False, cwd=str(project_root()))
+        quietly = dict(stdout_file=stream, stderr_file=stream, extra_arguments=["--log-level=40"])
+        try: papermill.execute_notebook(path, executed, values, **how, **quietly)
         except PapermillExecutionError as e: failed = e
         finally:
             del os.environ["CODETUNE_RUN_RECORD"]
             run_dir,kept = _keep_notebook(executed, record, path.stem)
     if output: shutil.copy(kept, resolve_path(output))
-    if failed: raise StageFailed(f"{path.stem} failed in {_write_error(failed)}\nexecuted notebook: {kept}") from None
+    if failed:
+        raise StageFailed(f"{path.stem} failed in {_write_error(failed)}\nexecuted notebook: {kept}") from None
     summary = run_dir/"summary.json" if run_dir else None
-    if summary is None or not summary.exists(): raise StageFailed(f"{path.stem} ended without a summary; its executed notebook is {kept}")
+    if summary is None or not summary.exists():
+        raise StageFailed(f"{path.stem} ended without a summary; its executed notebook is {kept}")
     return dict(json.loads(summary.read_text(encoding="utf-8")), run_dir=str(run_dir), notebook=str(kept))
 
 # %% ../nbs/machinery/runner.ipynb #c017
@@ -139,14 +148,16 @@ def load_pipeline(
     folder = notebooks_dir()/"pipelines"
     path = next((p for p in (resolve_path(name), folder/f"{name}.yaml") if p.is_file()), None)
     if path is None:
-        check_names([name], [p.stem for p in sorted(folder.glob("*.yaml"))], "codetune pipeline", kind="pipeline")
+        there = [p.stem for p in sorted(folder.glob("*.yaml"))]
+        check_names([name], there, "codetune pipeline", kind="pipeline")
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     check_names(spec, ("name","about","experiment_name","stages"), path.name)
     for stage in spec["stages"]:
         check_names(stage, ("id","notebook","recipe","params"), path.name)
         stage.setdefault("id", stage["notebook"].split("_", 1)[-1])
     ids = [s["id"] for s in spec["stages"]]
-    if len(set(ids))<len(ids): raise ValueError(f"{path}: stage ids must differ, got {ids}; give each stage an `id`")
+    if len(set(ids))<len(ids):
+        raise ValueError(f"{path}: stage ids must differ, got {ids}; give each stage an `id`")
     return dict(spec, name=spec.get("name") or path.stem)
 
 def fill(
@@ -159,7 +170,9 @@ def fill(
     def look(match):
         found = done
         for key in match[1].split("."):
-            if not isinstance(found, dict) or key not in found: raise ValueError(f"{match[0]}: {key!r} is not among {sorted(found) if isinstance(found, dict) else found}")
+            there = sorted(found) if isinstance(found, dict) else found
+            if not isinstance(found, dict) or key not in found:
+                raise ValueError(f"{match[0]}: {key!r} is not among {there}")
             found = found[key]
         return str(found)
     return re.sub(r"\$\{([\w.]+)\}", look, value)
@@ -175,9 +188,11 @@ def stage_key(
     values:dict,   # the parameters it gets
 )->str:            # digest
     "What, unchanged, makes running a stage again pointless."
-    code = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"]=="code"]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"]=="code"]
     env = {var:os.environ.get(var) for var in sorted(stage_env(path.stem).values())}
-    return hashlib.sha256(json.dumps([code, values, env, _library_hash()], sort_keys=True, default=str).encode()).hexdigest()
+    whole = json.dumps([code, values, env, _library_hash()], sort_keys=True, default=str)
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 def still_valid(
     entry:dict,    # a stage's entry in the pipeline's state file
@@ -187,15 +202,18 @@ def still_valid(
     manifest = Path(entry.get("run_dir", ""))/"manifest.json"
     if entry.get("key")!=key or not manifest.is_file(): return False
     manifest = json.loads(manifest.read_text())
-    same = all(Path(i["path"]).exists() and file_sha256(i["path"])==i["sha256"] for i in manifest["inputs"].values() if i["sha256"])
-    return manifest["status"]=="complete" and same and all(Path(p).exists() for p in entry["summary"].get("outputs", {}).values() if p)
+    read = [i for i in manifest["inputs"].values() if i["sha256"]]
+    same = all(Path(i["path"]).exists() and file_sha256(i["path"])==i["sha256"] for i in read)
+    there = all(Path(p).exists() for p in entry["summary"].get("outputs", {}).values() if p)
+    return manifest["status"]=="complete" and same and there
 
 # %% ../nbs/machinery/runner.ipynb #c022
 def _share(given, path, stage_id):
     "The values of `-p` that this stage takes: `name` for all that have it, `stage.name` for one."
     known = stage_parameters(path)
     common = {n:v for n,v in given.items() if "." not in n and n in known}
-    own = {n.split(".", 1)[1]:v for n,v in given.items() if n.split(".", 1)[0] in (stage_id, path.stem) and "." in n}
+    parts = [(*n.split(".", 1),v) for n,v in given.items() if "." in n]
+    own = {name:v for stage,name,v in parts if stage in (stage_id, path.stem)}
     return {**common, **own}
 
 def _check_given(given, spec):
@@ -212,7 +230,7 @@ def run_pipeline(
     resume:bool=False,       # skip stages whose inputs and parameters are unchanged
     quiet:bool=False,        # keep the stages' printed output to their notebooks
 )->dict:                     # stage id to summary
-    "Run the stages in order, handing paths on; a failing stage raises `StageFailed` and later ones do not start."
+    "Run the stages in order, handing paths on; a failing stage raises `StageFailed` and ends the pipeline."
     spec,given = load_pipeline(name),(given or {})
     _check_given(given, spec)
     experiment = given.get("experiment_name") or spec.get("experiment_name") or spec["name"]
@@ -221,13 +239,15 @@ def run_pipeline(
     done,t0 = {},time.monotonic()
     for i,stage in enumerate(spec["stages"], 1):
         path = find_stage(stage["notebook"])
-        params = {"experiment_name":experiment, **{n:fill(v, done) for n,v in (stage.get("params") or {}).items()}}
+        filled = {n:fill(v, done) for n,v in (stage.get("params") or {}).items()}
+        params = {"experiment_name":experiment, **filled}
         params |= _share(given, path, stage["id"])
         values = {**(load_recipe(stage["recipe"]) if stage.get("recipe") else {}), **params}
         key = stage_key(path, values)
         print(f"\n[{i}/{len(spec['stages'])}] {path.stem}  ({time.monotonic()-t0:.0f} s so far)", flush=True)
         if still_valid(state.get(stage["id"], {}), key):
-            done[stage["id"]] = state[stage["id"]]["summary"]; print(f"unchanged, kept from {state[stage['id']]['run_dir']}"); continue
+            done[stage["id"]] = state[stage["id"]]["summary"]
+            print(f"unchanged, kept from {state[stage['id']]['run_dir']}"); continue
         done[stage["id"]] = run_stage(str(path), params, stage.get("recipe"), quiet=quiet)
         state[stage["id"]] = dict(key=key, run_dir=done[stage["id"]]["run_dir"], summary=done[stage["id"]])
         write_json(state_path, state)
