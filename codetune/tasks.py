@@ -17,7 +17,7 @@ from .answers import canonical,compose,extract_code
 from .calibration import calibrate,calibration_table,missing_libraries,usable_tasks
 from .config import asset,resolve_path
 from .partition import RULE,near_duplicates,partition,take
-from .runs import atomic_path,file_sha256,keep_previous,write_json
+from .files import atomic_path,file_sha256,keep_previous,write_json
 
 # %% ../nbs/machinery/tasks.ipynb #c004
 HUB = "bigcode/bigcodebench"

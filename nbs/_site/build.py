@@ -22,12 +22,14 @@ KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
 STAGES = r"\b\d\d_(\w+)\.ipynb"
 MACHINERY = {  # rooms in the order of a walk through the house; a room that is not named here goes under More
     "Ground": "config files provenance records runs runner cli doctor hints",
-    "Data": "raw_files json_values readers messages workers dedup convert chat_template chat_encode fasttok tokenized packing",
-    "Models": "embedded fixtures memory streaming tensorfile audit experts4bit trainer",
+    "Data": "raw_files json_values readers messages workers dedup convert data_report chat_template chat_encode "
+    "fasttok tokenized packing",
+    "Models": "embedded fixtures memory streaming safefile tensorfile audit experts4bit lowrank merge_plan train_data "
+    "trainer progress",
     "Tasks": "answers tasks partition calibration observations code_env",
     "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_watch sandbox_judge sandbox_evidence sandbox_seal "
     "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
-    "Learning": "team attention engine rollout ppo learner session",
+    "Learning": "team logprobs attention engine rollout ppo learner session team_eval",
     "Seeing": "passk evaluations plots curves report runs_table chat",
 }
 GUIDES = "bring_your_own_data bring_your_own_tasks add_an_agent change_the_reward troubleshooting".split()
