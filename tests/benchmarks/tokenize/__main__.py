@@ -46,7 +46,7 @@ def built():
     split = like["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
     trainer = trainers.BpeTrainer(vocab_size=151643, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tok.train_from_iterator(sources(100 << 20), trainer)
+    tok.train_from_iterator(sources(40 << 20), trainer)
     tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]); tok.add_tokens(["<tool_call>", "</tool_call>"])
     PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", chat_template=config["chat_template"]).save_pretrained(folder)
     return str(folder)
