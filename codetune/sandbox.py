@@ -65,6 +65,8 @@ class Pool:
     ):
         if require not in (None, "A", "B", "C"): raise ValueError(f"require={require!r} is not one of A, B, C")
         if n_slots is not None and n_slots<1: raise ValueError(f"n_slots={n_slots} must be at least 1")
+        if sys.platform!="linux":
+            raise SandboxError(f"programs are isolated by Linux, this is {sys.platform}; use a Linux container or machine")
         self.n_slots,self.python = n_slots or os.cpu_count(),_interpreter(python)
         self.require,self.allow_unsafe,self.off = require,allow_unsafe,list(off)
         self._pending,self._lock,self._next,self._room = {},threading.RLock(),0,threading.BoundedSemaphore(4096)
