@@ -178,10 +178,15 @@ def main(
 )->int:                        # 0 done, 1 a stage failed, 2 wrong use, 3 rejected rows (`convert`), 130 interrupted
     "The `codetune` command."
     command,*rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("-h","--help","help"): print(usage()); return 0
     try:
-        check_names([command], [*_about, *DIRECT, *TOOLS], "codetune", kind="command")
-        return _dispatch(command, rest)
+        if command in ("-h","--help","help"): status = print(usage()) or 0
+        else:
+            check_names([command], [*_about, *DIRECT, *TOOLS], "codetune", kind="command")
+            status = _dispatch(command, rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:                    # the reader of our output has left: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141
     except KeyboardInterrupt: print(f"codetune {command}: interrupted", file=sys.stderr); return 130
     except Exception as e:
         expected = isinstance(e, (ValueError,FileNotFoundError,FileExistsError,StageFailed))
