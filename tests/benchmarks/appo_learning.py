@@ -153,6 +153,23 @@ def train(variant, seed, out, given):
     )
 
 
+def by_difficulty(before, after):
+    "A table row for each difficulty: held-out tasks, mean pass rate before and after."
+    from codetune.tasks import load_tasks
+
+    level = {t["task_id"]: json.loads(t["doc_struct"])["difficulty"] for t in load_tasks("mini", "test")}
+    rows = ["| difficulty | held-out tasks | before | after |", "|---|---|---|---|"]
+    for name in dict.fromkeys(level.values()):
+        ids = [t for t in before if level[t] == name]
+        mean = [sum(x[t] for t in ids) / len(ids) for x in (before, after)]
+        rows.append(f"| {name} | {len(ids)} | {mean[0]:.3f} | {mean[1]:.3f} |")
+    return rows
+
+
+def p_text(p):
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
 def report(out):
     from codetune.appo import pass_rates
     from codetune.evaluations import read_rows
@@ -174,7 +191,7 @@ def report(out):
         "| variant | seeds | before | after | after - before | p | minutes of training |",
         "|---|---|---|---|---|---|---|",
     ]
-    worth = []
+    worth, levels = [], []
     for v in VARIANTS:
         seeds = sorted(int(p.stem.split("_")[1]) for p in out.glob(f"{v}_*_final.jsonl"))
         if not seeds:
@@ -186,8 +203,10 @@ def report(out):
         m = [json.loads((out / f"{v}_{s}.json").read_text())["minutes"] for s in seeds]
         lines.append(
             f"| {v} | {', '.join(map(str, seeds))} | {estimate(a)} | {estimate(b)} | **{c.diff}** "
-            f"| {c.p_value:.4f} | {sum(m) / len(m):.1f} |"
+            f"| {p_text(c.p_value)} | {sum(m) / len(m):.1f} |"
         )
+        if v == "duo":
+            levels = by_difficulty(a, b)
         for h in ("none", "other"):
             have = [s for s in seeds if (out / f"{v}_{s}_heard_{h}.jsonl").exists()]
             if v == "duo" and have:
@@ -195,8 +214,12 @@ def report(out):
                     pool_seeds([rates(f"duo_{s}_heard_{h}.jsonl") for s in have]),
                     pool_seeds([rates(f"duo_{s}_final.jsonl") for s in have]),
                 )
-                worth.append(f"| {h} | {', '.join(map(str, have))} | {d.diff} | {d.p_value:.4f} |")
+                worth.append(f"| {h} | {', '.join(map(str, have))} | {d.diff} | {p_text(d.p_value)} |")
     lines += [
+        "",
+        "The recipe (duo), by difficulty; it trains on the elementary tier alone:",
+        "",
+        *levels,
         "",
         "What the trained analyzer's message is worth to the trained coder: own message minus another.",
         "",
