@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from IPython import get_ipython
 
 from .config import project_root,resolve_path
-from .files import atomic_dir,atomic_path,file_sha256,keep_previous,plain,write_json
-from .records import find_runs,newest_checkpoint,read_metrics,runs_root
+from .files import file_sha256,plain,write_json
+from .records import runs_root
 from .provenance import git_state,hardware,peak_gib,process_start,safe_parameters,versions
 
 # %% ../nbs/machinery/runs.ipynb #c006
