@@ -32,7 +32,7 @@ nbtest: setup
 
 pytest: setup
 	@echo "== pytest (what takes minutes is in make test-long)"
-	python -m pytest -m "not long"
+	OMP_NUM_THREADS=1 python -m pytest -m "not long"
 
 test-browser: setup ## the docs site and JupyterLab in headless Chromium (Debian: apt-get install chromium)
 	python -m pytest -m browser
