@@ -15,9 +15,9 @@ tasks, 4 samples each, before (once per seed) and after. Variants:
     group     no critic: advantages against the other sample of the task
     solo      one agent, the coder alone
 
-`all` trains the recipe and the shuffled control on three seeds and the others on one; what is in
-the folder already is kept, so that it can be interrupted. `report` pools seeds and compares each
-variant with its own starting point, task by task: mean difference, 95 % interval from a bootstrap
+`all` trains the recipe on three seeds, the shuffled control and the ablations of the message on one; the others
+are trained by name. What is in the folder already is kept, so that it can be interrupted. `report` pools seeds and
+compares each variant with its own starting point, task by task: mean difference, 95 % interval from a bootstrap
 over tasks, sign-flip p. Writes results/appo_learning.md.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 VARIANTS = ("duo", "shuffled", "silent", "frozen", "group", "solo")
 STARTS = {"solo": "solo", "silent": "silent"}  # the others start as one team
-ALL = [(v, s) for v in ("duo", "shuffled") for s in (42, 43, 44)] + [(v, 42) for v in VARIANTS[2:]]
+ALL = [("duo", 42), ("duo", 43), ("duo", 44), ("shuffled", 42), ("silent", 42), ("frozen", 42)]
 
 
 def start_adapter(out):
