@@ -16,7 +16,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 run: setup ## set up, then tune the embedded model from raw files to a merged, evaluated model
-	@echo "== quickstart: eight notebooks, about 15 minutes on two cores; results land in runs/quickstart/"
+	@echo "== quickstart: eight notebooks, about 10 minutes on two cores; results land in runs/quickstart/"
 	codetune pipeline quickstart --resume
 
 test: setup ## everything that CI checks: sync, notebooks, pytest, a small pipeline, docs

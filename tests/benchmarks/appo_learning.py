@@ -22,7 +22,6 @@ over tasks, sign-flip p. Writes results/appo_learning.md.
 """
 
 import argparse, json, os, platform, sys, tempfile, time
-from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -113,7 +112,8 @@ def answer(team, cfg, path, who="team", heard="own"):
 
 
 def train(variant, seed, out, given):
-    from codetune.appo import build_team, start_run, train_appo
+    from codetune.appo import start_run, train_appo
+    from codetune.provenance import git_state
     from codetune.records import read_metrics
     from codetune.team import Team
 
