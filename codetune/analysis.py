@@ -155,7 +155,10 @@ def figures_of(
     cfg:AnalysisConfig,
 )->dict:  # name -> figure
     "Every figure that these runs can answer for."
-    figs = training_figures(logs_of(manifests)) | (evaluation_figures(found) if found else {})
+    figs = {}
+    for stage in sorted({m["stage"] for m in manifests}):       # under one name, the later stage's
+        figs |= training_figures(logs_of([m for m in manifests if m["stage"]==stage]))
+    if found: figs |= evaluation_figures(found)
     worth = worth_of_messages(manifests, cfg)
     figs["progress"] = progress_figure(progress_of(manifests, cfg))
     figs["worth"] = difference_figure(worth, "What is the message worth?") if worth else None

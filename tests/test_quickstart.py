@@ -65,6 +65,13 @@ def test_every_stage_ends_complete_beside_its_executed_notebook(quickstart):
         assert (path.parent / f"{stage}.ipynb").exists(), stage
 
 
+def test_analysis_draws_the_curves_of_both_trainings(quickstart):
+    runs, _, _ = quickstart
+    folder = summaries(runs)["07_analysis"][0]
+    names = "loss reward kl entropy clipfrac pass_rate differences".split()
+    assert [n for n in names if not (folder / f"{n}.png").exists()] == []
+
+
 def test_hand_over_is_by_path_and_hash(quickstart):
     runs, _, _ = quickstart
     done = summaries(runs)
