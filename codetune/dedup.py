@@ -154,7 +154,7 @@ class Contamination:
         self.index = index
         class Known(dict):
             def __missing__(self, word):
-                if len(self)>500_000: self.clear()   # memory stays bounded on endless vocabularies
+                if len(self)>=65_536: self.clear()   # 8 MB on endless vocabularies
                 self[word] = known = crc32(word.encode()) in index.words
                 return known
         self.known = Known()
