@@ -15,7 +15,6 @@ import ctypes
 import fcntl
 import os
 import platform
-import resource
 import signal
 import socket
 import stat

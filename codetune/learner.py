@@ -7,7 +7,6 @@ __all__ = ['MAX_LOGRATIO', 'world', 'total', 'gathered', 'sum_gradients', 'Setti
            'Micro', 'lay_out', 'score', 'remember', 'reference', 'drift', 'update_policy', 'minibatch', 'update']
 
 # %% ../nbs/machinery/learner.ipynb #c003
-import math
 from dataclasses import dataclass
 import torch
 import torch.distributed as dist

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .logprobs import head_weight, token_logprobs
+from .logprobs import token_logprobs
 
 # %% ../nbs/machinery/packing.ipynb #c006
 def pack(

@@ -27,7 +27,7 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Models": "embedded fixtures memory streaming safefile tensorfile audit experts4bit lowrank merge_plan train_data "
     "trainer progress",
     "Tasks": "answers tasks partition calibration observations code_env",
-    "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_watch sandbox_judge sandbox_evidence sandbox_seal "
+    "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_judge sandbox_evidence sandbox_seal "
     "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
     "Learning": "team logprobs attention engine rollout ppo learner session team_eval",
     "Seeing": "passk evaluations plots curves report runs_table chat",
