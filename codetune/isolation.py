@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PDEATHSIG', 'SUBREAPER', 'DUMPABLE', 'NNP', 'SECCOMP', 'CAPBSET_DROP', 'AMBIENT', 'USER', 'PID', 'NET', 'MNT', 'IPC',
            'UTS', 'RDONLY', 'NOSUID', 'NODEV', 'NOEXEC', 'REMOUNT', 'BIND', 'REC', 'PRIVATE', 'NR', 'SYSTEM',
-           'SANDBOX_ID', 'READ', 'SIGNALS', 'OWN_ONLY', 'REFUSED', 'ok', 'prctl', 'syscall', 'unshare', 'advise',
-           'mount', 'map_ids', 'read_only', 'new_root', 'drop_root', 'die_with_parent', 'enter_namespaces',
-           'enter_slot', 'launch', 'loopback_up', 'Scratch', 'drop_capabilities', 'landlock_abi', 'landlock',
-           'seccomp_filter', 'seccomp']
+           'SANDBOX_ID', 'READ', 'DEVICES', 'SIGNALS', 'OWN_ONLY', 'REFUSED', 'ok', 'prctl', 'syscall', 'fork',
+           'unshare', 'advise', 'mount', 'map_ids', 'read_only', 'new_root', 'drop_root', 'die_with_parent',
+           'enter_namespaces', 'enter_slot', 'launch', 'loopback_up', 'Scratch', 'drop_bounding', 'drop_capabilities',
+           'landlock_abi', 'landlock_rules', 'landlock', 'seccomp_filter', 'seccomp']
 
 # %% ../nbs/machinery/isolation.ipynb #c003
 import ctypes
@@ -22,7 +22,7 @@ import struct
 import sys
 
 # %% ../nbs/machinery/isolation.ipynb #c006
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc,_python = ctypes.CDLL(None, use_errno=True),ctypes.PyDLL(None, use_errno=True)     # without and with the GIL held
 PDEATHSIG,SUBREAPER,DUMPABLE,NNP,SECCOMP,CAPBSET_DROP,AMBIENT = 1,36,4,38,22,24,47
 USER,PID,NET,MNT,IPC,UTS = 0x10000000,0x20000000,0x40000000,0x20000,0x8000000,0x4000000
 RDONLY,NOSUID,NODEV,NOEXEC,REMOUNT,BIND,REC,PRIVATE = 1,2,4,8,32,4096,16384,1<<18
@@ -42,6 +42,10 @@ def prctl(option:int, *args:int)->int:
 def syscall(number:int, *args)->int:
     "A system call by number."
     return ok(_libc.syscall(ctypes.c_long(number), *_words(args)), f"system call {number}")
+def fork()->int:
+    """`os.fork` without what Python does around it for other threads, of which there must be none: that touches
+    two hundred pages on either side, and each is copied."""
+    return ok(_python.fork(), "fork")
 def unshare(flags:int):
     "Enter new namespaces."
     ok(_libc.unshare(flags), f"unshare {flags:#x}")
@@ -227,16 +231,23 @@ class Scratch:
             mount("tmp", d, "tmpfs", NOSUID | NODEV, f"size={self.mib}m,nr_inodes=20000,mode=1777")
         for p,fd in self.keep.items(): _bind(p, fd, p)
         self.mounted,self.clean = True,self._state()
-    def _state(self): return [(s.f_bfree, s.f_ffree) for s in map(os.statvfs, self.PLACES)]
-    def sweep(self):
-        "Start afresh unless nothing was touched."
-        if not self.mounted or self._state()!=self.clean: self.renew()
+    def _state(self):
+        return [(s.f_bfree, s.f_ffree) for s in map(os.statvfs, self.PLACES)],[os.stat(d).st_mode for d in self.PLACES]
+    def sweep(self)->bool:
+        "Start afresh unless nothing was touched. Was it?"
+        touched = not self.mounted or self._state()!=self.clean
+        if touched: self.renew()
+        return touched
 
 # %% ../nbs/machinery/isolation.ipynb #c020
-def drop_capabilities():
-    "Give up every capability, also those that a later exec could regain."
+def drop_bounding():
+    "From here on no exec can regain a capability. Children inherit that, so it is done once for many."
     for cap in range(64):
         if _libc.prctl(CAPBSET_DROP, *_words((cap, 0, 0, 0)))==-1: break
+
+def drop_capabilities(bounding:bool=True):
+    "Give up every capability, also those that a later exec could regain."
+    if bounding: drop_bounding()
     try: prctl(AMBIENT, 4)                                     # 4: clear all
     except OSError: pass                                       # older kernels have no ambient set to clear
     ok(_libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
@@ -247,23 +258,28 @@ def landlock_abi()->int:
     return max(0, _libc.syscall(ctypes.c_long(444), None, ctypes.c_void_p(0), ctypes.c_uint(1)))
 
 READ = 1 | 4 | 8                                               # execute, read file, read directory
-def landlock(
+DEVICES = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"]
+
+def landlock_rules(
     read:list[str],      # readable and executable, with all below
     write:list[str],     # everything allowed below
-    devices:list[str]=("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"),  # read and write
-)->None:
-    "Confine this process and its children to some paths; signals and abstract sockets stay inside. Needs NO_NEW_PRIVS."
+)->int:                  # a descriptor; whoever holds it can take the rules, many times
+    "Rules that allow some paths and nothing else; signals and abstract sockets stay inside."
     abi = landlock_abi()
     every = {1: 0x1fff, 2: 0x3fff, 3: 0x7fff, 4: 0x7fff}.get(abi, 0xffff)
     attr = struct.pack("QQQ", every, 0, 3 if abi>=6 else 0)[:24 if abi>=6 else 16 if abi>=4 else 8]
     rules = syscall(444, attr, len(attr), 0)
-    for paths,access in ((read, READ), (write, every), (devices, 2 | 4 | (0x4000 if abi>=3 else 0))):
+    for paths,access in ((read, READ), (write, every), (DEVICES, 2 | 4 | (0x4000 if abi>=3 else 0))):
         for p in paths:
             try: fd = os.open(p, os.O_PATH)
             except FileNotFoundError: continue
             allowed = access if os.path.isdir(p) else access & (1 | 2 | 4 | 0x4000 | 0x8000) & every
             syscall(445, rules, 1, struct.pack("=Qi", allowed, fd), 0); os.close(fd)
-    syscall(446, rules, 0); os.close(rules)
+    return rules
+
+def landlock(rules:int):
+    "Confine this process and its children by these rules. Needs NO_NEW_PRIVS."
+    syscall(446, rules, 0)
 
 # %% ../nbs/machinery/isolation.ipynb #c023
 SIGNALS = ["kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal"]
@@ -272,31 +288,40 @@ OWN_ONLY = dict(setpriority=1, ioprio_set=1, sched_setaffinity=0, sched_setsched
                 prlimit64=0)                                   # which argument names a process; 0 is oneself
 REFUSED = [n for n in _NR if n not in [*SIGNALS, *OWN_ONLY, "clone", "clone3", "socket", "ioctl"]]
 
+_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
 def _bpf(code, k, jt=0, jf=0): return struct.pack("HBBI", code, jt, jf, k)
 def _errno(n): return _bpf(6, 0x50000 | n)
-def _if_nr(name, body): return _bpf(0x15, NR[name], 0, len(body)) + b"".join(body) if NR.get(name,
-                                                                                             -1)>=0 else b""
+def _arg(i): return _bpf(0x20, 16 + 8*i)                       # load the low half of an argument
+_DENY,_ALLOW = _errno(1),_bpf(6, 0x7fff0000)
+
+def _rules(families, signals):
+    "What happens to a system call that is not simply allowed: its name, and the end of the program for it."
+    found = {n: [_DENY] for n in REFUSED + ([] if signals else SIGNALS)}
+    found |= {n: [_arg(i), _bpf(0x15, 0, 1, 0), _DENY, _ALLOW] for n,i in OWN_ONLY.items()}
+    found["clone3"] = [_errno(38)]                             # glibc falls back to clone
+    found["clone"] = [_arg(0), _bpf(0x45, 0x7e020000, 0, 1), _DENY, _ALLOW]
+    found["ioctl"] = [_arg(1), _bpf(0x15, 0x5412, 1, 0), _bpf(0x15, 0x541C, 0, 1), _DENY, _ALLOW]
+    jumps = [_bpf(0x15, f, len(families)-i, 0) for i,f in enumerate(families)]
+    found["socket"] = [_arg(0), *jumps, _errno(97), _ALLOW]
+    return found
+
+def _search(rules):
+    "Find a number among these by halving: the kernel walks the program for every call that exists when it is installed."
+    if len(rules)<3:
+        return [b for nr,body in rules for b in (_bpf(0x15, nr, 0, len(body)), *body)] + [_ALLOW]
+    low,high = _search(rules[:len(rules)//2]),_search(rules[len(rules)//2:])
+    return [_bpf(0x35, rules[len(rules)//2][0], len(low), 0), *low, *high]
 
 def seccomp_filter(
     families=(1, 2, 10),     # socket families that may be opened: unix, IPv4, IPv6
     signals:bool=True,       # may it send signals? Landlock before version 6 cannot confine them
 )->bytes:                    # a BPF program
     "The system calls of a program, as the kernel's filter wants them."
-    arch = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[platform.machine()]
-    deny,load_nr,allow = _errno(1),_bpf(0x20, 0),_bpf(6, 0x7fff0000)
-    prog = _bpf(0x20, 4) + _bpf(0x15, arch, 1, 0) + _bpf(6, 0x80000000) + load_nr      # another ABI: killed
-    prog += _bpf(0x35, 470, 0, 1) + _errno(38)                                         # newer or x32: ENOSYS
-    for name in REFUSED + ([] if signals else SIGNALS): prog += _if_nr(name, [deny])
-    for name,arg in OWN_ONLY.items(): prog += _if_nr(name,
-                                                     [_bpf(0x20, 16 + 8*arg), _bpf(0x15, 0, 1, 0), deny,
-                                                      allow])
-    # glibc falls back to clone
-    prog += _if_nr("clone3", [_errno(38)])
-    prog += _if_nr("clone", [_bpf(0x20, 16), _bpf(0x45, 0x7e020000, 0, 1), deny, allow])
-    prog += _if_nr("ioctl", [_bpf(0x20, 24), _bpf(0x15, 0x5412, 1, 0), _bpf(0x15, 0x541C, 0, 1), deny, allow])
-    jumps = [_bpf(0x15, f, len(families)-i, 0) for i,f in enumerate(families)]
-    prog += _if_nr("socket", [_bpf(0x20, 16), *jumps, _errno(97), allow])
-    return prog + allow
+    rules = sorted((NR[n], body) for n,body in _rules(families, signals).items() if NR.get(n, -1)>=0)
+    head = [_bpf(0x20, 4), _bpf(0x15, _ARCH[platform.machine()], 1, 0), _bpf(6, 0x80000000)]     # another ABI: killed
+    head += [_bpf(0x20, 0), _bpf(0x35, 470, 0, 1), _errno(38)]                         # newer or x32: ENOSYS
+    return b"".join(head + _search(rules))
 
 def seccomp(program:bytes):
     "Install a filter for this process and its children. Needs NO_NEW_PRIVS."

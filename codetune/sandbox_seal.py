@@ -9,6 +9,7 @@ __all__ = ['OURS', 'Freezer', 'classes', 'freeze', 'seal']
 import builtins
 import contextlib
 import ctypes
+import functools
 import types
 import unittest
 import unittest.case
@@ -63,12 +64,15 @@ def freeze()->None:
 # %% ../nbs/machinery/sandbox_seal.ipynb #c010
 _FLAGS,_IMMUTABLE = 168,1<<8                                   # offset of tp_flags in a type object; the flag
 
+@functools.lru_cache(256)
+def _word(address): return ctypes.c_ulong.from_address(address)
+
 def seal(
     cls:type,        # a class
     on:bool=True,    # or make it assignable again
 )->bool:             # is it sealed now?
     "Let a class refuse new attributes, as the built-in ones do."
-    word = ctypes.c_ulong.from_address(id(cls) + _FLAGS)
+    word = _word(id(cls) + _FLAGS)
     if word.value!=cls.__flags__: return False
     word.value = word.value | _IMMUTABLE if on else word.value & ~_IMMUTABLE
     return bool(cls.__flags__ & _IMMUTABLE)

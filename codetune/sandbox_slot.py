@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['LAYERS', 'send_frame', 'recv_frame', 'set_limits', 'confine', 'keep_only', 'run_inprocess', 'run_judge', 'run_worker',
            'fork_parts', 'Pipes', 'processes', 'run_delay', 'memory_mib', 'sweep', 'Watch', 'watch', 'classify', 'Slot',
-           'start_slot', 'huge_pages', 'import_if_there', 'forkable', 'warm_parent']
+           'start_slot', 'huge_pages', 'import_if_there', 'forkable', 'hide', 'warm_parent']
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c003
+import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import resource
@@ -59,13 +61,19 @@ def recv_frame(
     return header,[_exactly(sock, n)[0] for n in (header or {}).get("blobs", [])],fds
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c010
+def _peek(path):
+    "The start of a file, without the cost of a file object."
+    fd = os.open(path, os.O_RDONLY)
+    try: return os.read(fd, 4096)
+    finally: os.close(fd)
+
 def set_limits(
     mem_mib:int,     # budget above what the interpreter already maps
     cpu_s:int,       # CPU seconds of one process
     n_proc:int=128,  # processes and threads
 )->None:
     "Resource limits of the worker and of all that it starts."
-    with open("/proc/self/statm") as f: mapped = int(f.read().split()[0])*resource.getpagesize()
+    mapped = int(_peek("/proc/self/statm").split()[0])*resource.getpagesize()
     pairs = [(resource.RLIMIT_AS, mapped + mem_mib*2**20), (resource.RLIMIT_CORE, 0),
              (resource.RLIMIT_NOFILE, 256),
              (resource.RLIMIT_FSIZE, 64*2**20), (resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_NPROC, n_proc)]
@@ -73,16 +81,17 @@ def set_limits(
 
 def confine(
     layers,          # names of the layers to take
-    header:dict,     # mem_mib, timeout, work, read, n_proc
+    header:dict,     # mem_mib, timeout, work, rules (of Landlock), n_proc
     filters:dict,    # the seccomp programs, built once
 )->None:
     "Take the layers, in the order that their needs allow. Any failure raises."
     isolation.prctl(isolation.DUMPABLE, 1)
-    with open("/proc/self/oom_score_adj", "w") as f: f.write("1000")
+    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY); os.write(fd, b"1000"); os.close(fd)
     if "rlimits" in layers: set_limits(header["mem_mib"], int(3*header["timeout"]) + 2, header["n_proc"])
-    if "caps" in layers: isolation.drop_capabilities()
+    if "caps" in layers: isolation.drop_capabilities(header["bounding"])
     isolation.prctl(isolation.NNP, 1)
-    if "landlock" in layers: isolation.landlock(header["read"], header["write"])
+    if "landlock" in layers: isolation.landlock(header["rules"])
+    if header["rules"]>=0: os.close(header["rules"])
     if "seccomp" in layers: isolation.seccomp(filters["namespaces" in layers])
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c011
@@ -92,13 +101,18 @@ def keep_only(*fds):
     for fd in (*sorted(fds), 1024):
         os.closerange(low, fd); low = fd + 1
 
-def _stdio(out_w):
+def _streams():
+    "Python's three streams, made once for all workers."
+    def text(fd, **kw):
+        raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
+        return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", **kw)
+    return open(0, encoding="utf-8", closefd=False),text(1),text(2, line_buffering=True)
+
+def _stdio(out_w, streams):
     "Standard input is empty, both outputs are the pipe."
     null = os.open(os.devnull, os.O_RDONLY)
     for src,dst in ((null, 0), (out_w, 1), (out_w, 2)): os.dup2(src, dst)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", closefd=False, errors="backslashreplace")
-    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+    sys.stdin,sys.stdout,sys.stderr = streams
 
 def _record(nonce, result):
     "The record as JSON, written with C functions that a solution cannot patch."
@@ -109,12 +123,6 @@ def _record(nonce, result):
     return ("{" + f'"nonce":{_quote(nonce)},"tests":' + "{" + tests + "}," + rest + "}").encode()
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c013
-def _hide():
-    "Let a solution find nothing of ours by name."
-    for n in [n for n in sys.modules if n.split(".")[0]=="codetune"]: del sys.modules[n]
-    main = sys.modules["__main__"].__dict__
-    for n in [n for n in main if not n.startswith("__")]: del main[n]
-
 def run_inprocess(header, layers, filters, watched, body_fd, pipes):
     "One process: the solution and its tests share this interpreter."
     out_w,result_w,witness_w = pipes
@@ -123,9 +131,7 @@ def run_inprocess(header, layers, filters, watched, body_fd, pipes):
     with open(body_fd, encoding="utf-8") as f: job = json.load(f)
     nonce = job.pop("nonce")
     hook = sandbox_evidence.witness(lambda line: write(witness_w, line), job["test"])
-    if "witness" not in job["off"]: sandbox_evidence.blind_handlers()
-    _hide()
-    if "witness" not in job["off"]: sys.addaudithook(hook)
+    if "witness" not in job["off"]: sandbox_evidence.blind_handlers(); sys.addaudithook(hook)
     result = judge(job, watched)
     flush()
     data = record(nonce, result)
@@ -145,35 +151,35 @@ def run_judge(header, layers, filters, watched, body_fd, pipes, link):
 
 def run_worker(header, layers, filters, watched, link):
     "Two processes, the worker: it has no descriptor but its output and the link to the judge."
-    confine(layers, header, filters); _hide()
+    confine(layers, header, filters)
     sandbox_io.serve(link)
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c015
-def _become(part, header, keep, out_w, *args):
+def _become(part, header, keep, out_w, streams, *args):
     "Be one forked part of a run: own session, chosen descriptors, work, exit. Never returns."
     leave,write,code = os._exit,os.write,70
     try:
         os.setsid(); gc.enable()
-        keep_only(*keep); _stdio(out_w)
-        os.chdir(header["work"]); os.environ.update(HOME=header["work"], TMPDIR=header["work"])
+        keep_only(*keep, *[header["rules"]]*(header["rules"]>=0)); _stdio(out_w, streams)
+        os.chdir(header["work"])
         part(header, *args)
         code = 0
     except MemoryError: code = 77
     except BaseException as e: write(2, f"worker: {type(e).__name__}: {e}"[:2000].encode(errors="replace"))
     leave(code)
 
-def fork_parts(header, common, body_fd, pipes):
+def fork_parts(header, streams, common, body_fd, pipes):
     "Fork what a job needs; the process whose end is the end of the run, and its helper if there is one."
     ends,helper = [w for _,w in pipes.ends.values()],None
+    def part(work, keep, *args):
+        if (pid := isolation.fork())==0: _become(work, header, keep, ends[0], streams, *common, *args)
+        return pid
     if header["mode"]=="io":
         a,b = socket.socketpair()
-        if (helper := os.fork())==0: _become(run_worker, header, [b.fileno(), ends[0]], ends[0], *common,
-                                             b.fileno())
-        if (pid := os.fork())==0: _become(run_judge, header, [body_fd, a.fileno(), *ends], ends[0], *common,
-                                          body_fd, ends, a.fileno())
+        helper = part(run_worker, [b.fileno(), ends[0]], b.fileno())
+        pid = part(run_judge, [body_fd, a.fileno(), *ends], body_fd, ends, a.fileno())
         a.close(); b.close()
-    elif (pid := os.fork())==0: _become(run_inprocess, header, [body_fd, *ends], ends[0], *common, body_fd,
-                                        ends)
+    else: pid = part(run_inprocess, [body_fd, *ends], body_fd, ends)
     os.close(body_fd); pipes.close_writers()
     return pid,helper
 
@@ -181,24 +187,24 @@ def fork_parts(header, common, body_fd, pipes):
 class Pipes:
     "Bounded reading of what a worker writes."
     def __init__(self, caps):
-        self.caps,self.data,self.total = caps,{n: [] for n in caps},dict.fromkeys(caps, 0)
+        self.left,self.data = dict(caps),{n: [] for n in caps}
         self.ends = {name: os.pipe() for name in caps}
         for r,_ in self.ends.values(): os.set_blocking(r, False)
     def close_writers(self):
         for _,w in self.ends.values(): os.close(w)
-    def read(self, name):
-        "Read what is there. True if over the cap."
-        try:
-            while chunk := os.read(self.ends[name][0], 65536):
-                self.data[name].append(chunk); self.total[name] += len(chunk)
-                if self.total[name]>self.caps[name]: return True
-        except BlockingIOError: pass
-        return False
+    def read(self, name)->bool:
+        "Read once. Was there anything?"
+        chunk = os.read(self.ends[name][0], 65536)
+        self.data[name].append(chunk); self.left[name] -= len(chunk)
+        return bool(chunk)
+    def over(self)->bool: return min(self.left.values())<0
     def finish(self):
-        "All bytes, and whether one was over its cap."
-        over = [name for name in self.caps if self.read(name)]
-        for r,_ in self.ends.values(): os.close(r)
-        return {name: b"".join(d) for name,d in self.data.items()},bool(over)
+        "All bytes, and whether one pipe was over its cap."
+        for name,(r,_) in self.ends.items():
+            with contextlib.suppress(BlockingIOError):         # nobody is left who could hold the other end; if, no matter
+                while self.left[name]>=0 and self.read(name): pass
+            os.close(r)
+        return {name: b"".join(d) for name,d in self.data.items()},self.over()
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c018
 def _read(path):
@@ -241,19 +247,27 @@ def memory_mib(pids, limit_mib)->float:
     return sum(map(pss, pids))
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c021
+_ALL = 0x40000000                                               # __WALL: children of clone() too
+
+def _reap(wait=False)->bool:
+    "Collect children that have ended. Is one left?"
+    try:
+        while os.waitpid(-1, _ALL if wait else _ALL | os.WNOHANG)[0]: pass
+        return True
+    except ChildProcessError: return False
+
 def sweep(private:bool)->int:   # how many processes were still alive
     "Kill and reap everything below this process; orphans come back to it because it is process 1 or a subreaper."
     n = 0
-    while True:
+    while _reap():                                             # no child left: nobody is below us
         alive = processes(None if private else os.getpid())
         n = max(n, len(alive))
         if private and alive: os.kill(-1, signal.SIGKILL)
         for p in alive if not private else ():
             try: os.kill(p, signal.SIGKILL)
             except ProcessLookupError: pass
-        try:
-            while os.waitpid(-1, 0 if alive else os.WNOHANG)[0]: pass
-        except ChildProcessError: return n
+        _reap(bool(alive))
+    return n
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c022
 class Watch:
@@ -283,9 +297,9 @@ def watch(pid, pipes, look):
     while not stopped:
         events = poll.poll(look.wait_ms())
         if any(fd==pfd for fd,_ in events): break
-        for fd,ev in events:
-            if pipes.read(names[fd]): stopped = "output_limit"
-            elif not ev & select.POLLIN: poll.unregister(fd)
+        for fd,_ in events:
+            if not pipes.read(names[fd]): poll.unregister(fd)
+        if pipes.over(): stopped = "output_limit"
         if look.wall() - checked > .045: stopped,checked = stopped or look.look(),look.wall()
     if stopped: os.kill(pid, signal.SIGKILL)
     _,status,use = os.wait4(pid, 0)
@@ -308,32 +322,42 @@ LAYERS = ("namespaces", "landlock", "seccomp", "caps", "rlimits")
 # %% ../nbs/machinery/sandbox_slot.ipynb #c026
 class Slot:
     "One place where programs run, one after the other."
-    def __init__(self, sock, config, watched, filters):
+    def __init__(self, sock, config, watched, filters, streams):
         self.sock,self.config,self.private = sock,config,config["namespaces"]
-        self.watched,self.filters = watched,filters            # made by the warm parent, shared by all slots
+        self.watched,self.filters,self.streams = watched,filters,streams   # made by the warm parent, for all slots
         isolation.prctl(isolation.SUBREAPER, 1)
         self.scratch = isolation.Scratch(config["paths"]) if self.private else None
         self.work = "/tmp" if self.private else config["work"]
         places = ["/tmp", "/dev/shm"] if self.private else [self.work]
-        self.paths = dict(work=self.work, write=places, n_proc=128 if self.private else config["n_proc"],
-                          read=["/"] if self.private else isolation.SYSTEM + config["paths"])
+        self.places = ["/"] if self.private else isolation.SYSTEM + config["paths"],places
+        self.given = dict(work=self.work, n_proc=128 if self.private else config["n_proc"], bounding=True, rules=-1)
+        os.environ.update(HOME=self.work, TMPDIR=self.work)
         self.renew()
         self.base = memory_mib([os.getpid()], 1e9)
         self.layers = self.probe([l for l in LAYERS if l not in config["off"]
                                   and (l!="namespaces" or self.private)])
+        if "caps" in self.layers: isolation.drop_bounding(); self.given["bounding"] = False
         isolation.prctl(isolation.DUMPABLE, 0)
     def renew(self):
-        "An empty place to work in."
+        "An empty place to work in, and Landlock's rules for it."
+        if self.clear(): self.rule()
+    def rule(self):
+        if self.given["rules"]>=0: os.close(self.given["rules"])
+        try: self.given["rules"] = isolation.landlock_rules(*self.places)
+        except OSError: self.given["rules"] = -1               # the probe will say so
+    def clear(self):
+        "Empty the places where programs write. Are they new?"
         if self.scratch: return self.scratch.sweep()
         if os.path.isdir(self.work): subprocess.run(["chmod", "-R", "u+rwX", self.work],
                                                     stderr=subprocess.DEVNULL)
         shutil.rmtree(self.work, ignore_errors=True)
         os.makedirs(self.work)
+        return True
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c027
 def _probe(self, wanted):
     "Which of these layers can be taken here: each is tried by a child of its own."
-    header = dict(mem_mib=512, timeout=5) | self.paths
+    header = dict(mem_mib=512, timeout=5) | self.given
     works = []
     for layer in wanted:
         pid = os.fork()
@@ -347,8 +371,8 @@ def _probe(self, wanted):
 def _run_job(self, header, body_fd):
     "Fork what one job needs, watch it, sweep, and describe what was seen."
     pipes = Pipes(dict(output=8*2**20, result=4*2**20, witness=2**16))
-    header |= self.paths
-    pid,helper = fork_parts(header, (self.layers, self.filters, self.watched), body_fd, pipes)
+    header |= self.given
+    pid,helper = fork_parts(header, self.streams, (self.layers, self.filters, self.watched), body_fd, pipes)
     stopped,code,use,wall = watch(pid, pipes, Watch(header, self.private, self.base))
     uses = [use]
     if helper: os.kill(helper, signal.SIGKILL); uses.append(os.wait4(helper, 0)[2])
@@ -370,12 +394,12 @@ def _serve(self):
 Slot.probe,Slot.run_job,Slot.serve = _probe,_run_job,_serve
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c028
-def start_slot(sock, config, watched, filters):
+def start_slot(sock, config, *shared):
     "Become a slot. A failure is told to the supervisor."
     try:
         if config["namespaces"]: isolation.enter_slot()
         else: isolation.die_with_parent(config["parent"])
-        slot = Slot(sock, config, watched, filters)
+        slot = Slot(sock, config, *shared)
     except OSError as e: return send_frame(sock, dict(error=f"{type(e).__name__}: {e}"))
     slot.serve()
 
@@ -399,6 +423,12 @@ def forkable(name:str)->bool:
     if pid==0: import_if_there(name, {}); os._exit(len(_tasks("self"))!=1)
     return os.waitpid(pid, 0)[1]==0
 
+def hide()->list:
+    "Take our modules and the main module's names out of sight; who keeps the list keeps them alive."
+    main = sys.modules["__main__"].__dict__
+    names = [n for n in sys.modules if n.split(".")[0]=="codetune"],[n for n in main if not n.startswith("__")]
+    return [sys.modules.pop(n) for n in names[0]] + [main.pop(n) for n in names[1]]
+
 def warm_parent(
     fd:int,         # control socket
     config:dict,    # imports, and what every slot needs: paths, off, namespaces, n_proc
@@ -408,8 +438,10 @@ def warm_parent(
     for name in config["imports"]:
         if name.split(".")[0] in sys.stdlib_module_names or forkable(name): import_if_there(name, found)
     if "seal" not in config["off"]: sandbox_seal.freeze()
-    shared = sandbox_evidence.pristine(sys.modules),{
-        True: isolation.seccomp_filter(), False: isolation.seccomp_filter((), isolation.landlock_abi()>=6)}
+    filters = {True: isolation.seccomp_filter(), False: isolation.seccomp_filter((), isolation.landlock_abi()>=6)}
+    shared = sandbox_evidence.pristine(sys.modules),filters,_streams()
+    sandbox_judge.rehearse(shared[0], config["off"])
+    ours = hide()                                              # alive in this frame, and nameless
     gc.collect(); gc.freeze(); gc.disable(); huge_pages()
     if len(_tasks("self"))!=1: return send_frame(sock,
                                                  dict(error="the interpreter has threads after its imports; forking it is unsafe"))
