@@ -167,12 +167,13 @@ def lay_out(self, m, ro:Rollout, c:Credit)->list[list[Micro]]:
         return Micro([rows[i].prompt for i in idx], ids, a.to(dev),
                      None if norm is None else norm[idx].to(dev),
                      [rows[i].logprobs for i in idx], units)
-    lengths = [len(a.prompt)+len(a.ids) for a in rows]
-    return [[micro(idx) for idx in mini] for mini in
-            plan_minibatches(lengths, self.s.num_mini_batch, self.s.gradient_cp_steps, self.generator)]
+    lengths,groups = [len(a.prompt)+len(a.ids) for a in rows],[g for g,ok in zip(sum(ro.groups, []), on) if ok]
+    plan = plan_minibatches(lengths, self.s.num_mini_batch, self.s.gradient_cp_steps, self.generator, groups)
+    return [[micro(idx) for idx in mini] for mini in plan]
 
 def score(self, m, x:Micro):
-    return self.team.logprobs(m, x.prompts, x.ids, self.sampling, entropy_grad=self.s.entropy_coef>0)
+    want = self.s.entropy_coef>0 if torch.is_grad_enabled() else None   # entropies of the old policy are not asked for
+    return self.team.logprobs(m, x.prompts, x.ids, self.sampling, entropy_grad=want)
 
 # %% ../nbs/machinery/learner.ipynb #c019
 @torch.no_grad()
@@ -184,7 +185,7 @@ def remember(self, m, minis):
             if i or self.team.device.type!="cpu": x.old = self.score(m, x)[0]
             if self.s.kl_coef: x.ref = self.reference(x)
 
-def reference(self, x:Micro): return self.team.logprobs("start", x.prompts, x.ids, self.sampling)[0]
+def reference(self, x:Micro): return self.team.logprobs("start", x.prompts, x.ids, self.sampling, entropy_grad=None)[0]
 
 # %% ../nbs/machinery/learner.ipynb #c020
 @torch.no_grad()
@@ -194,7 +195,8 @@ def drift(self, minis)->dict:
             for lp,gen,p,y in zip(x.old, x.generated, x.prompts, x.ids) if len(gen)]
     if not rows: return {}
     few = rows[:min(16, -(-len(rows)//8))]
-    ref,_,on = self.team.logprobs("start", [p for *_,p,_ in few], [y for *_,y in few], self.sampling)
+    ref,_,on = self.team.logprobs("start", [p for *_,p,_ in few], [y for *_,y in few], self.sampling,
+                                 entropy_grad=None)
     kl = sum(kl_terms(r[o] - lp).sum().item() for r,o,(lp,*_) in zip(ref, on, few))
     return {"policy/mismatch": sum(abs(lp.sum().item()-gen) for lp,gen,*_ in rows)/len(rows),
             "policy/kl_start": kl/len(few)}

@@ -189,15 +189,20 @@ def plan_minibatches(
     num_mini_batch:int,           # optimizer steps per pass
     gradient_cp_steps:int=1,      # micro-batches per optimizer step; the gradient does not change
     generator:torch.Generator=None, # source of the shuffle
+    groups:list=None,             # (M,) what each row is a sample of; None: each of its own
 )->list[list[list[int]]]:         # minibatches of micro-batches of row numbers; every row once
-    "Shuffled minibatches, each cut into micro-batches of similar lengths."
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    minis = [order[i::num_mini_batch] for i in range(min(num_mini_batch, len(order)))]
-    def cut(rows):
-        rows,k = sorted(rows, key=lambda i: (lengths[i], i)),min(gradient_cp_steps, len(rows))
-        ends = [round(j*len(rows)/k) for j in range(k+1)]
+    "Shuffled minibatches of equal size, each cut into micro-batches; a group's rows lie side by side."
+    order,groups = torch.randperm(len(lengths), generator=generator).tolist(),groups or range(len(lengths))
+    rank,longest = {},{}
+    for i in order:
+        rank.setdefault(groups[i], len(rank))
+        longest[groups[i]] = max(lengths[i], longest.get(groups[i], 0))
+    def cut(rows, n):
+        ends = [round(j*len(rows)/n) for j in range(n+1)]
         return [rows[a:b] for a,b in zip(ends, ends[1:])]
-    return [cut(o) for o in minis]
+    minis = cut(sorted(order, key=lambda i: rank[groups[i]]), min(num_mini_batch, len(order)))
+    by_length = lambda rows: sorted(rows, key=lambda i: (longest[groups[i]], rank[groups[i]], i))
+    return [cut(by_length(rows), min(gradient_cp_steps, len(rows))) for rows in minis]
 
 def decayed_lr(
     lr:float,     # learning rate of the first update

@@ -20,10 +20,10 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights,set_peft_model_state_dict
 from safetensors.torch import load_file,save_file
-import codetune.attention
 from .engine import Sampling,TransformersEngine,support
 from .observations import check_profiles
 from .logprobs import head_weight,token_logprobs
+from .prefix import prefill,row_hidden
 from .qlora_load import add_adapter,load_base
 
 # %% ../nbs/machinery/team.ipynb #c006
@@ -42,23 +42,30 @@ class ValueHead(nn.Module):
         return self.net(features.to(self.net[-1].weight.dtype))[...,0]
 
 # %% ../nbs/machinery/team.ipynb #c009
+def _matrices(layer, name, dtype):
+    "A and B of an adapter in the base's format; without gradients they are cast once and kept in `layer.casts`."
+    if not torch.is_grad_enabled() and layer.casts is not None and (layer, name) in layer.casts: return layer.casts[layer, name]
+    out = layer.lora_A[name].weight.to(dtype),layer.lora_B[name].weight.to(dtype)
+    if not torch.is_grad_enabled() and layer.casts is not None: layer.casts[layer, name] = out
+    return out
+
 def _lora_forward(self, x, *args, **kw):
     "Forward of one LoRA layer in the base's format: base(x) + scaling * B(A(x)), one adapter, no dropout."
-    y = self.base_layer(x, *args, **kw)
-    if self.disable_adapters: return y
+    if self.disable_adapters or self.active_adapters[0] not in self.lora_A: return self.base_layer(x, *args, **kw)
     name, = self.active_adapters
-    if name not in self.lora_A: return y
-    A,B = self.lora_A[name].weight.to(y.dtype),self.lora_B[name].weight.to(y.dtype)
-    low = x.flatten(0, -2).to(y.dtype)@A.T
-    return torch.addmm(y.flatten(0, -2), low, B.T, alpha=self.scaling[name]).view(y.shape)
+    rows = x.flatten(0, -2)
+    y = self.base_layer(rows, *args, **kw)
+    A,B = _matrices(self, name, y.dtype)
+    return y.addmm_(rows.to(y.dtype)@A.T, B.T, alpha=self.scaling[name]).view(*x.shape[:-1], -1)
 
 def fast_lora(
     model:nn.Module,  # a PeftModel with plain LoRA on linear layers
+    casts:dict|None=None, # keeps adapters in the base's format for passes without gradients; whoever changes weights empties it
 )->int:               # how many layers now use it
     "Compute LoRA in the base's format; layers of other kinds are left alone."
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and hasattr(m, "lora_A") and len(m.lora_A)
               and isinstance(m.get_base_layer(), nn.Linear)]
-    for m in layers: m.forward = MethodType(_lora_forward, m)
+    for m in layers: m.forward,m.casts = MethodType(_lora_forward, m),casts
     return len(layers)
 
 # %% ../nbs/machinery/team.ipynb #c011
@@ -108,8 +115,9 @@ class Team:
             if init_adapter: self._fill(role, init_adapter)
         self.causal = self.model.get_base_model()
         self.trunk,self.head = self.causal.get_decoder(),self.causal.get_output_embeddings()
-        fast_lora(self.model)
-        if base.config._attn_implementation=="sdpa": base.set_attn_implementation("short")
+        self._casts = {}
+        fast_lora(self.model, self._casts)
+        if base.config._attn_implementation=="sdpa": base.set_attn_implementation("tree")
         self.lora = {r:[p for n,p in self.model.named_parameters() if "lora_" in n and f".{r}." in f"{n}."] for r in self.roles}
         for p in sum(self.lora.values(),
                      []): p.data = p.data.to(torch.float64 if p.dtype==torch.float64 else torch.float32)
@@ -149,6 +157,7 @@ def use(self:Team,
     agent:int|str|None,  # number of a role, "start", or None for the bare base
 ):
     "Make one adapter active."
+    self._casts.clear()
     name = None if agent is None else self.roles[agent] if isinstance(agent, int) else \
         "reference" if "reference" in self.model.peft_config else None
     if name is None:
@@ -157,15 +166,24 @@ def use(self:Team,
     else:
         if self._active!=name: self.model.set_adapter(name); self._active = name
         self._flags(); yield
-    self._flags()
+    self._flags(); self._casts.clear()
 
 # %% ../nbs/machinery/team.ipynb #c017
 @patch
+def prefill(self:Team,
+    prompts:list[list[int]],
+)->tuple:          # (B, V) logits of the next token, the cache and its (B, W) mask
+    "Read the prompts with whichever adapter is active."
+    self._mode()
+    h,cache,mask = prefill(self.trunk, prompts, self.pad_id)
+    return self.head(h), cache, mask
+
+@patch
 def step(self:Team,
-    ids:Tensor,    # (B, T) left-padded
-    mask:Tensor,   # (B, past + T)
-    positions:Tensor, # (B, T)
-    cache,         # key-value cache or None
+    ids:Tensor,    # (B, 1) tokens drawn last
+    mask:Tensor,   # (B, past + 1)
+    positions:Tensor, # (B, 1)
+    cache,         # key-value cache
 )->tuple:          # (B, V) logits of the last position, and the cache
     "One step of generation with whichever adapter is active."
     self._mode()
@@ -194,15 +212,11 @@ def hidden(self:Team,
 )->tuple[Tensor,Tensor]:      # (P, H) hidden states that predict the P action tokens, row by row, and (M, T) their places
     "Hidden states under whichever adapter is active."
     rows = [list(p)+list(a) for p,a in zip(prompts, actions)]
-    W,T = max(map(len, rows)),max(1, max(map(len, actions)))
-    ids = torch.tensor([r+[self.pad_id]*(W-len(r)) for r in rows], device=self.device)
+    T = max(1, max(map(len, actions)))
     place = torch.tensor([[k<len(a) for k in range(T)] for a in actions], device=self.device)
-    at = torch.tensor([[i, len(p)-1+k] for i,
-                       (p,a) in enumerate(zip(prompts, actions)) for k in range(len(a))],
-                      device=self.device, dtype=torch.long).view(-1, 2)
     self._mode()
-    h = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
-    return h[at[:,0], at[:,1]], place
+    before = [range(len(p)-1, len(p)-1+len(a)) for p,a in zip(prompts, actions)]
+    return row_hidden(self.trunk, rows, before, self.pad_id), place
 
 # %% ../nbs/machinery/team.ipynb #c021
 @patch
@@ -211,7 +225,7 @@ def logprobs(self:Team,
     prompts:list[list[int]],
     actions:list[list[int]],   # token ids
     sampling:Sampling=Sampling(), # the distribution that they were drawn from
-    entropy_grad:bool=True,    # the entropies carry a gradient too; without, the head is cheaper
+    entropy_grad:bool|None=True, # the entropies carry a gradient too; False is cheaper, None asks for none and returns zeros
 )->tuple[Tensor,Tensor,Tensor]: # (M, T) log-probabilities in nats, entropies and loss mask, right-padded
     "Score messages on the training path; differentiable in the agent's adapter."
     with self.use(agent):
@@ -226,9 +240,10 @@ def logprobs(self:Team,
 def _score(self:Team, h, y, s, entropy_grad):
     "Log-probabilities and entropies of the ids `y` under the sampling distribution `s`."
     t = s.temperature or 1.
-    if not s.top_k and s.top_p>=1: return token_logprobs(
-        h, y, self.head, t, chunk=512 if h.is_cuda else max(1, 2**22//self.head.out_features), entropy=True,
-        entropy_grad=entropy_grad)
+    if not s.top_k and s.top_p>=1:
+        out = token_logprobs(h, y, self.head, t, chunk=512 if h.is_cuda else max(1, 2**22//self.head.out_features),
+                             entropy=entropy_grad is not None, entropy_grad=bool(entropy_grad))
+        return out if entropy_grad is not None else (out, torch.zeros_like(out))
     weight,bias = head_weight(self.head)
     z = h.to(weight.dtype)@weight.T if bias is None else h.to(weight.dtype)@weight.T+bias
     lp = support((z if z.dtype==torch.float64 else z.float())/t, s.top_k, s.top_p, keep=y).log_softmax(-1)

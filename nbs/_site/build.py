@@ -29,7 +29,7 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Tasks": "answers tasks partition calibration observations code_env",
     "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_judge sandbox_evidence sandbox_seal "
     "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
-    "Learning": "team logprobs attention engine rollout ppo learner session team_eval",
+    "Learning": "team logprobs attention prefix engine rollout ppo learner session team_eval",
     "Seeing": "passk evaluations plots curves report runs_table chat",
 }
 GUIDES = "bring_your_own_data bring_your_own_tasks add_an_agent change_the_reward troubleshooting".split()

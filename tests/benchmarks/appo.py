@@ -1,18 +1,19 @@
 """Speed and memory of one APPO rollout and update, against the textbook loop.
 
-    python tests/benchmarks/appo.py [--models embedded qwen2x8] [--epochs 1 5] [--costs] [--write]
+    python tests/benchmarks/appo.py [--models embedded qwen2x8] [--epochs 1 5] [--samples 2 1] [--costs] [--write]
 
-8 problems x 2 agents x 64 new tokens on 255-token prompts, 4 minibatches, bf16. Both sides run in processes of their own, one after the other, with the
+8 problems x 2 agents x 64 new tokens on 255-token prompts, 4 minibatches, bf16. A prompt is the agent's role (30 tokens), the problem, for the coder the
+analyzer's message, and 10 tokens of template; the 8 are 4 tasks with 2 samples each, which is 05's default, and for comparison 8 tasks with one. Both sides run in processes of their own, one after the other, with the
 same weights, prompts, `generate`, LoRA layers, dtype and token counts (the end token is switched off so that every message has 64 tokens), warm. The
-textbook loop is ours with four wastes, whose costs `--costs` prints by switching each off by itself:
+textbook loop has four wastes, whose costs `--costs` prints by switching each off by itself:
 
     bases    one full base per agent and one for the critic, instead of one for all
     logits   logits of every position of prompt and message in fp32, instead of the message's in chunks
     second   a second, discarded forward whenever log-probabilities are computed
     critic   the critic's trunk is run again in every minibatch of every epoch, instead of once per rollout
 
-and with one thing that is no waste of the loop's but what the library gives: outside `generate` it attends with transformers' `sdpa`, not with
-codetune.attention. `--costs` switches that off too (`sdpa`): that row is the loop with the four wastes and nothing else.
+Outside `generate` it attends with transformers' `sdpa` on rows padded to the right, which is what the library gives; ours computes beginnings that rows share
+once and attends by codetune.attention. `--costs` switches that off too (`sdpa`): that row is the loop with the four wastes and nothing else.
 
 The programs are eight reference solutions. Both sides hand them to the sandbox when the last agent has spoken; ours then computes the critic's features,
 so `waiting` is what is left. Peak memory is the process's resident high-water mark. `--write` puts the table into results/appo.md.
@@ -35,7 +36,7 @@ def model_dir(name):
     return str(tiny_model("qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, vocab_size=49152))
 
 
-def child(name, epochs, waste):
+def child(name, epochs, samples, waste):
     import torch
     from codetune.embedded import load_tokenizer
     from codetune.engine import Sampling
@@ -55,7 +56,13 @@ def child(name, epochs, waste):
     teams = [build() for _ in range(3)] if "bases" in waste else [build()] * 3   # the two agents', the critic's
     for t in teams: t.eos_ids = set()
     g, s = torch.Generator().manual_seed(0), Sampling(NEW, 1.)
-    prompts = [[torch.randint(5, 390, (PROMPT,), generator=g).tolist() for _ in range(B)] for _ in range(N)]
+    draw = lambda n: torch.randint(5, 390, (n,), generator=g).tolist()
+    def dialogue(m):
+        "Agent m's prompts: samples of one task differ in what the agents before said."
+        role, end, heard = draw(30), draw(10), NEW*m
+        tasks = [draw(PROMPT - 40 - heard) for _ in range(B//samples)]
+        return [role + tasks[b//samples] + draw(heard) + end for b in range(B)]
+    prompts = [dialogue(m) for m in range(N)]
     spent = dict.fromkeys(KINDS, 0.)
     tasks, pool = select_tasks("mini", "test", B)[0], Pool()
     programs = [(compose(t, t["code_prompt"] + t["canonical_solution"]), t["test"], t["entry_point"]) for t in tasks]
@@ -72,12 +79,13 @@ def child(name, epochs, waste):
             z = team.causal(ids).logits.float()
         lp = z[:, PROMPT-1:-1].log_softmax(-1)
         y = torch.tensor(ys)
-        with torch.no_grad(): H = -(lp.exp() * lp).sum(-1)    # entropy_coef is 0 on both sides: reported, not differentiated
+        grad = torch.is_grad_enabled()
+        with torch.no_grad(): H = -(lp.exp() * lp).sum(-1) if grad else None    # entropy_coef is 0 on both sides: reported, not differentiated
         return lp.gather(-1, y[..., None])[..., 0], H, torch.ones_like(y, dtype=torch.bool)
 
-    def score(m, ps, ys):
+    def score(m, ps, ys):                             # the textbook asks for entropies where it has a use for them, as ours does
         team = teams[m]
-        f = (lambda: full_logprobs(team, m, ps, ys)) if "logits" in waste else (lambda: team.logprobs(m, ps, ys, s, entropy_grad=False))
+        f = (lambda: full_logprobs(team, m, ps, ys)) if "logits" in waste else (lambda: team.logprobs(m, ps, ys, s, entropy_grad=False if torch.is_grad_enabled() else None))
         with attention(team):
             out = f()
             if "second" in waste:
@@ -89,7 +97,7 @@ def child(name, epochs, waste):
         "transformers' own, in the textbook's passes."
         if "sdpa" in waste: team.causal.set_attn_implementation("sdpa")
         yield
-        team.causal.set_attn_implementation("short")
+        team.causal.set_attn_implementation("tree")
 
     def features(ps):
         critic = teams[2]
@@ -106,7 +114,7 @@ def child(name, epochs, waste):
         assert all(v.passed for v in timed("waiting", lambda: [j.result() for j in jobs]))
         rewards = torch.rand(1, B, N, generator=g)
         ok = torch.ones(1, B).bool()
-        ro = Rollout([list(map(list, zip(*actions)))], rewards, ok, ok, [[{"task_id": 0}] * B], [[None] * B], f[None], f[:, 0])
+        ro = Rollout([list(map(list, zip(*actions)))], rewards, ok, ok, [[{"task_id": b//samples} for b in range(B)]], [[None] * B], f[None], f[:, 0])
         return ro, old if waste else None
 
     def textbook(ro, old, epochs):
@@ -151,10 +159,11 @@ def child(name, epochs, waste):
                           parameters_m=sum(p.numel() for t in set(teams) for p in t.model.parameters()) / 1e6, spent=spent)))
 
 
-def measure(name, epochs, waste, cpu=False):
-    out = subprocess.run([sys.executable, __file__, "--child", name, str(epochs), ",".join(waste), *["--cpu"]*cpu], capture_output=True, text=True)
+def measure(name, epochs, samples, waste, cpu=False):
+    out = subprocess.run([sys.executable, __file__, "--child", name, str(epochs), str(samples), ",".join(waste), *["--cpu"]*cpu],
+                         capture_output=True, text=True)
     if out.returncode: raise SystemExit(out.stderr[-2000:])
-    d = json.loads(out.stdout.splitlines()[-1]) | dict(model=name, epochs=epochs, waste=waste)
+    d = json.loads(out.stdout.splitlines()[-1]) | dict(model=name, epochs=epochs, samples=samples, waste=waste)
     print(line(d), flush=True)
     return d
 
@@ -162,14 +171,14 @@ def measure(name, epochs, waste, cpu=False):
 def line(d):
     "One measurement as a row of the table."
     side = "ours" if not d["waste"] else "textbook" if d["waste"] == TEXTBOOK else "without " + ", ".join(w for w in TEXTBOOK if w not in d["waste"])
-    return (f"| {d['model']} | {d['epochs']} | {side} | {d['rollout_s']:.1f} | {d['update_s']:.1f} | {d['peak_gib']:.2f} | {d['parameters_m']:.0f} | "
+    return (f"| {d['model']} | {d['epochs']} | {d['samples']} | {side} | {d['rollout_s']:.1f} | {d['update_s']:.1f} | {d['peak_gib']:.2f} | {d['parameters_m']:.0f} | "
             + " | ".join(f"{d['spent'][k]:.1f}" for k in KINDS) + " |")
 
 
 def verdict(ours, book):
     "What a pair of measurements says."
     total = [d["rollout_s"] + d["update_s"] for d in (ours, book)]
-    said = (f"{ours['model']}, {ours['epochs']} epoch(s): {total[1]/total[0]:.2f} x faster, {ours['peak_gib']/book['peak_gib']:.2f} x the peak memory; "
+    said = (f"{ours['model']}, {ours['epochs']} epoch(s), {ours['samples']} sample(s) of a task: {total[1]/total[0]:.2f} x faster, {ours['peak_gib']/book['peak_gib']:.2f} x the peak memory; "
             f"{ours['spent']['waiting']/total[0]:.1%} of our time is waiting for verdicts")
     if ours["epochs"] == 1:
         r = REFERENCE[ours["model"]]
@@ -188,17 +197,16 @@ def costs(book, rows):
 def main(a):
     import torch, transformers, peft
     cpu = next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.machine())
-    head = ["| model | epochs | side | rollout, s | update, s | peak, GiB | parameters, M | " + " | ".join(f"{k}, s" for k in KINDS) + " |",
-            "|---" * (7 + len(KINDS)) + "|"]
+    head = ["| model | epochs | samples | side | rollout, s | update, s | peak, GiB | parameters, M | " + " | ".join(f"{k}, s" for k in KINDS) + " |",
+            "|---" * (8 + len(KINDS)) + "|"]
     print("\n".join(head))
     rows, said = [], []
-    for name in a.models:
-        for e in a.epochs:
-            ours, book = measure(name, e, (), a.cpu), measure(name, e, TEXTBOOK, a.cpu)
-            rows += [ours, book]; said.append(verdict(ours, book)); print(said[-1], flush=True)
-            if a.costs and e == 1 and name == a.models[-1]:
-                less = [measure(name, e, tuple(x for x in TEXTBOOK if x != w), a.cpu) for w in TEXTBOOK]
-                rows += less; said.append(costs(book, less)); print(said[-1], flush=True)
+    for name, e, n in [(m, e, n) for m in a.models for e in a.epochs for n in a.samples if e == a.epochs[0] or n == a.samples[0]]:
+        ours, book = measure(name, e, n, (), a.cpu), measure(name, e, n, TEXTBOOK, a.cpu)
+        rows += [ours, book]; said.append(verdict(ours, book)); print(said[-1], flush=True)
+        if a.costs and (name, e, n) == (a.models[-1], a.epochs[0], a.samples[0]):
+            less = [measure(name, e, n, tuple(x for x in TEXTBOOK if x != w), a.cpu) for w in TEXTBOOK]
+            rows += less; said.append(costs(book, less)); print(said[-1], flush=True)
     if not a.write: return
     machine = (f"{time.strftime('%Y-%m-%d')}, {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, Python "
                f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; "
@@ -212,11 +220,12 @@ if __name__ == "__main__":
     clock = time.process_time if "--cpu" in sys.argv else time.perf_counter
     if "--child" in sys.argv:
         i = sys.argv.index("--child")
-        child(sys.argv[i+1], int(sys.argv[i+2]), tuple(x for x in sys.argv[i+3].split(",") if x)); sys.exit()
+        child(sys.argv[i+1], *map(int, sys.argv[i+2:i+4]), tuple(x for x in sys.argv[i+4].split(",") if x)); sys.exit()
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--models", nargs="*", default=["embedded", "qwen2x8"])
     ap.add_argument("--epochs", nargs="*", type=int, default=[1, 5])
-    ap.add_argument("--costs", action="store_true", help="also switch each difference off by itself, for the last model at 1 epoch")
+    ap.add_argument("--samples", nargs="*", type=int, default=[2, 1], help="samples of a task; all but the first at the first number of epochs only")
+    ap.add_argument("--costs", action="store_true", help="also switch each difference off by itself, for the last model's first case")
     ap.add_argument("--cpu", action="store_true", help="CPU seconds instead of wall clock, for a busy machine")
     ap.add_argument("--write", action="store_true", help="write results/appo.md")
     main(ap.parse_args())
