@@ -49,9 +49,10 @@ class Checkpoint:
 
     def __contains__(self, name): return name in self.entries
     def numel(self, name): return torch.Size(self.entries[name][3]).numel()
-    def read(self, name):
-        "One tensor, in memory of its own."
+    def read(self, name, first=None):
+        "One tensor, in memory of its own; or its `first` numbers, flat."
         file,start,dtype,shape = self.entries[name]
+        if first is not None: shape = (min(first, self.numel(name)),)
         if dtype not in _TYPES: raise ValueError(f"{file}: {name} is {dtype}, which cannot be quantized again; "
                                                  "a 16-bit or 32-bit checkpoint is expected")
         out = torch.empty(shape, dtype=_TYPES[dtype])

@@ -35,20 +35,28 @@ class TokenRows:
     def label_share(self): return float(self.counts.mean())
 
 # %% ../nbs/machinery/tokenized.ipynb #c008
+def _int32(x, where):
+    "Integers in 32 bits; what does not fit is refused, where a cast would make another token of it."
+    if x.size and not -2**31 <= x.min() <= x.max() < 2**31:
+        raise ValueError(f"{where}: ids from {x.min()} to {x.max()} are no vocabulary's; tokenize the data again")
+    return x.astype(np.int32)
+
 def _pile(
     ids,      # flat ids of all rows
     labels,   # flat labels of all rows
     lengths,  # tokens of each row
     path,     # for the errors
 )->TokenRows:
-    "Rows from flat arrays; a label that is neither its token nor -100 is refused."
+    "Rows from flat arrays; a label that is neither its token nor -100 is refused, a row's first is none."
     ids, labels, ends = np.asarray(ids), np.asarray(labels), np.cumsum(np.asarray(lengths, dtype=np.int64))
     counts = labels != IGNORE
     if (wrong := np.flatnonzero(counts & (labels != ids))).size:
         row = int(np.searchsorted(ends, wrong[0], side="right"))
         raise ValueError(f"{path}: row {row+1} has label {labels[wrong[0]]} at token {ids[wrong[0]]}; "
                          f"a label is its own token (not shifted) or {IGNORE}")
-    return TokenRows(ids.astype(np.int32), counts, ends)
+    starts = ends - np.asarray(lengths, dtype=np.int64)
+    counts[starts[starts < counts.size]] = False  # nothing comes before it that it could be predicted from
+    return TokenRows(_int32(ids, path), counts, ends)
 
 # %% ../nbs/machinery/tokenized.ipynb #c011
 def _not_tokenized(path, keys, model):
@@ -73,7 +81,7 @@ def _read_jsonl(path, model):
             if x.ndim != 1 or x.shape != y.shape or x.dtype.kind != "i" or y.dtype.kind != "i":
                 raise ValueError(f"{path}:{n}: input_ids {x.shape} and label {y.shape} must be lists of integers, "
                                  "equally long")
-            ids.append(x.astype(np.int32)); labels.append(y.astype(np.int32)); lengths.append(len(x))
+            ids.append(_int32(x, f"{path}:{n}")); labels.append(_int32(y, f"{path}:{n}")); lengths.append(len(x))
     cat = lambda xs: np.concatenate(xs) if xs else np.zeros(0, np.int32)
     return cat(ids), cat(labels), lengths
 

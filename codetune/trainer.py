@@ -6,7 +6,7 @@
 __all__ = ['SFTTrainer', 'memory_gib', 'check_disk']
 
 # %% ../nbs/machinery/trainer.ipynb #c003
-import json
+import math
 import os
 import resource
 import shutil
@@ -18,6 +18,8 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer
 
+from .files import write_json
+from .lineage import NOTE
 from .packing import no_dropout
 
 # %% ../nbs/machinery/trainer.ipynb #c006
@@ -29,10 +31,11 @@ class SFTTrainer(Trainer):
         run,                   # where records and checkpoints go
         keep_checkpoints=2,    # the newest so many stay
         answer=None,           # model -> share of tasks solved, at each validation
+        note=None,             # dict, written into every checkpoint as codetune.json
         **kwargs,              # of transformers' Trainer
     ):
         super().__init__(**kwargs)
-        self.codetune_run, self.keep_checkpoints, self.answer = run, keep_checkpoints, answer
+        self.codetune_run, self.keep_checkpoints, self.answer, self.note = run, keep_checkpoints, answer, note
         self.model_accepts_loss_kwargs = True  # let Trainer count the labels of a step
         self.records, self._bar, self._clock = [], None, time.perf_counter()
         self._seen = torch.zeros(2, dtype=torch.long)
@@ -42,11 +45,23 @@ class SFTTrainer(Trainer):
         out = model(**inputs)
         n = out["n_labels"].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = out["loss"]/n*(1 if num_items_in_batch is None else self.accelerator.num_processes)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step+1}; lower "
-                f"lr={self.args.learning_rate:g} or max_grad_norm={self.args.max_grad_norm:g}, or set dtype to fp32")
+        self._require_finite("loss", loss.detach())
         self._seen += torch.tensor([inputs["input_ids"].numel(), (inputs["labels"] >= 0).sum()])
         return (loss, out) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None: self._require_finite("gradient's norm", norm)   # before it reaches the weights
+        return norm
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps: return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True         # resumed at its end: Trainer would take one step more
+
+    def _require_finite(self, what, value):
+        if math.isfinite(value): return
+        raise FloatingPointError(f"the {what} is {float(value)} at step {self.state.global_step+1}; lower "
+            f"lr={self.args.learning_rate:g} or max_grad_norm={self.args.max_grad_norm:g}, or set dtype to fp32")
 
 # %% ../nbs/machinery/trainer.ipynb #c012
 def memory_gib(
@@ -107,26 +122,36 @@ def save_whole(
     copies:int=1,  # trained weights are written so many times
 ):
     "Write a folder on all ranks, then give it its name."
-    tmp = final.with_name(f".{final.name}.tmp")
-    if self.args.should_save:
-        trained = sum(p.numel()*p.element_size() for p in self.model.parameters() if p.requires_grad)
-        check_disk(final.parent, copies*trained)
+    tmp, mine = final.with_name(f".{final.name}.tmp"), self.args.should_save
+    if mine:
+        sizes = [getattr(p, "ds_numel", p.numel())*p.element_size() for p in self.model.parameters() if p.requires_grad]
+        check_disk(final.parent, copies*sum(sizes))
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
     self.accelerator.wait_for_everyone()
-    write(tmp)
+    try: write(tmp)
+    except BaseException:                    # a full disk gets its room back
+        if mine: shutil.rmtree(tmp, ignore_errors=True)
+        raise
     self.accelerator.wait_for_everyone()
-    if self.args.should_save:
-        for f in (f for f in tmp.rglob("*") if f.is_file()):
-            with f.open("rb") as h: os.fsync(h.fileno())
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists(): final.rename(old)
-        tmp.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+    if mine: _put_in_place(tmp, final)
     self.accelerator.wait_for_everyone()
 
-# %% ../nbs/machinery/trainer.ipynb #c022
+def _put_in_place(tmp, final):
+    "Give a filled folder its name once all of it is on the disk; what had the name goes."
+    for f in (f for f in tmp.rglob("*") if f.is_file()):
+        with f.open("rb") as h: os.fsync(h.fileno())
+    _remove(final)
+    tmp.rename(final)
+
+def _remove(folder):
+    "Take a folder's name away before its files: half of it is never found under that name."
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists(): folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/machinery/trainer.ipynb #c024
 @patch
 def _save_checkpoint(self:SFTTrainer, model, trial):
     "A checkpoint under `checkpoints/steps_0050`; only the newest few stay."
@@ -138,13 +163,14 @@ def _save_checkpoint(self:SFTTrainer, model, trial):
             inner = tmp/f"checkpoint-{self.state.global_step}"
             for f in list(inner.iterdir()): f.rename(tmp/f.name)
             inner.rmdir()
+            if self.note: write_json(tmp/NOTE, self.note)
     root = self.codetune_run.checkpoints
     self.save_whole(root/f"steps_{self.state.global_step:04d}", write, copies=3)
     if self.args.should_save:
         steps = sorted(root.glob("steps_*"), key=lambda p: int(p.name[6:]))
-        for old in steps[:-self.keep_checkpoints]: shutil.rmtree(old)
+        for old in steps[:-self.keep_checkpoints]: _remove(old)
 
-# %% ../nbs/machinery/trainer.ipynb #c023
+# %% ../nbs/machinery/trainer.ipynb #c025
 @patch
 def save_result(
     self:SFTTrainer,
@@ -156,16 +182,16 @@ def save_result(
         self.save_model(str(tmp))
         if not self.args.should_save: return
         (tmp/"training_args.bin").unlink(missing_ok=True)
-        if note: (tmp/"codetune.json").write_text(json.dumps(note) + "\n", encoding="utf-8")
+        if note: write_json(tmp/NOTE, note)
     self.save_whole(final, write)
 
-# %% ../nbs/machinery/trainer.ipynb #c028
+# %% ../nbs/machinery/trainer.ipynb #c032
 @patch
 @torch.no_grad()
 def evaluate(self:SFTTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
     "Mean loss over the labels held out, and the share of tasks solved where `answer` is given."
     start, row = time.perf_counter(), {}
-    if self.eval_dataset is not None:
+    if self.eval_dataset:
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with no_dropout(self.model):
             for inputs in self.get_eval_dataloader():

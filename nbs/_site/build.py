@@ -24,8 +24,8 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Ground": "config files provenance records runs runner cli doctor hints",
     "Data": "raw_files json_values readers messages workers dedup convert data_report chat_template chat_encode "
     "fasttok tokenized packing",
-    "Models": "embedded fixtures memory streaming safefile tensorfile audit experts4bit lowrank merge_plan train_data "
-    "trainer progress",
+    "Models": "embedded fixtures memory streaming safefile tensorfile audit experts4bit lowrank adapters lineage "
+    "train_data trainer oom probe progress merge_plan merge_check",
     "Tasks": "answers tasks partition calibration observations code_env",
     "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_judge sandbox_evidence sandbox_seal "
     "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
