@@ -16,6 +16,7 @@ from torch import nn
 from .config import asset,resolve_path
 from .experts4bit import teach_peft
 from .lowrank import keep_inputs_once
+from .safefile import read_header
 
 # %% ../nbs/machinery/adapters.ipynb #c006
 def _settings_file(path):
@@ -102,6 +103,7 @@ def load_adapter(
     trainable:bool=True,  # as fp32 copies that training may change
 )->PeftModel:
     "Put a saved LoRA adapter on the model and make it the active one; keys that find no place raise `ValueError`."
+    for f in Path(path).glob("*.safetensors"): read_header(f)
     cfg = LoraConfig.from_pretrained(str(path))
     cfg.inference_mode = not trainable
     weights = load_peft_weights(str(path), device="cpu")

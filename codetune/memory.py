@@ -116,6 +116,13 @@ def _workspace(cfg, method, c, device, head_4bit):
 
 # %% ../nbs/machinery/memory.ipynb #c018
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
+
+def _known(cfg):
+    "The configuration, if it states the sizes that the formulas need."
+    if lacks := [k for k in _SIZES if not hasattr(cfg, k)]:
+        raise ValueError(f"the memory estimate is for models laid out like Llama and Qwen; {cfg.model_type} states no {lacks[0]}")
+    return cfg
 
 def estimate_memory(
     model,                              # a name as for `model_config`, or a transformers configuration
@@ -134,7 +141,7 @@ def estimate_memory(
 )->dict[str,float]:                     # part -> bytes, and total
     "Memory of training, part by part, from the configuration alone."
     if method not in ("qlora", "lora", "full"): raise ValueError(f"method={method!r}; expected qlora, lora or full")
-    cfg = model_config(model, trust_remote_code) if isinstance(model, (str, Path)) else model
+    cfg = _known(model_config(model, trust_remote_code) if isinstance(model, (str, Path)) else model)
     c,T,counts = 4 if dtype == "fp32" else 2, max_len*batch, count_parameters(cfg, trust_remote_code)
     c_base = 2 if dtype == "bf16" else 4
     lora = deepcopy(lora) or LoraConfig(r=8, task_type="CAUSAL_LM", target_modules=list(_ATTENTION))

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import load_peft_weights
 
+from .safefile import read_header
 from .tensorfile import Delta
 
 # %% ../nbs/machinery/merge_plan.ipynb #c006
@@ -39,6 +40,7 @@ def read_adapter(
     if why:
         names = ", ".join(f"{n} ({w})" for n,w in why.items())
         raise ValueError(f"{path} cannot be merged exactly: {names}; merge it with PEFT's merge_and_unload")
+    for f in Path(path).glob("*.safetensors"): read_header(f)     # one that was cut off is refused by name
     weights = load_peft_weights(str(path), device="cpu")
     return cfg, {k.removeprefix("base_model.model."): v for k,v in weights.items()}
 

@@ -49,4 +49,6 @@ def advise_on_memory(
     try: yield
     except (MemoryError, RuntimeError, OSError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not _OUT.search(str(e)): raise
-        raise MemoryError(f"out of memory {doing()}: {oom_advice(cfg)}") from e
+        try: what = oom_advice(cfg)
+        except ValueError as why: what = f"lower {', '.join(remedies(cfg))}; {why}"
+        raise MemoryError(f"out of memory {doing()}: {what}") from e

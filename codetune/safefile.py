@@ -14,12 +14,18 @@ import torch
 def read_header(
     path:str|Path,  # a .safetensors file
 )->tuple[dict,int]: # tensor name to dtype, shape, data_offsets; and where the tensors begin
-    "Header of a safetensors file."
-    with open(path, "rb") as f:
+    "Header of a safetensors file; one that was cut off raises `ValueError`."
+    path = Path(path)
+    with path.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
+        text = f.read(size)
+    there,start = path.stat().st_size,8+size
+    header = json.loads(text) if there > start else {}
     header.pop("__metadata__", None)
-    return header, 8 + size
+    ends = max((e["data_offsets"][1] for e in header.values()), default=0)
+    if there < start+ends or not ends:
+        raise ValueError(f"{path} has {there} bytes of {start+ends}: the download or copy is not complete")
+    return header, start
 
 # %% ../nbs/machinery/safefile.ipynb #c007
 def checkpoint_files(
