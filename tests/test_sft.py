@@ -6,12 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file, save_file
 
+from codetune.config import configure, load_recipe
 from codetune.fixtures import tiny_model
+from codetune.memory import estimate_memory
+from codetune.qlora_load import settings_of
+from codetune.sft import SFTConfig, train_sft
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -45,10 +52,11 @@ def losses(runs):
 def test_two_processes_train_like_one(data, tmp_path):
     "Two gloo processes with two rows each make the same steps as one with four, and write one adapter."
     runs = lambda n: str(tmp_path/f"runs{n}")
-    flags = ("--max_steps", "5", "--warmup_ratio", "0")
-    run(*sft(data, tmp_path/"one", *flags, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"), runs=runs(1))
-    run("-m", "accelerate.commands.launch", "--config_file", "codetune/assets/accelerate/ddp_cpu.yaml",
-        *sft(data, tmp_path/"two", *flags, "--per_device_train_batch_size", "2"), runs=runs(2))
+    recipe = dict(zip(*[(w.removeprefix("--") for w in sft(data, tmp_path/"two")[3:])]*2))
+    recipe |= dict(max_steps=5, warmup_ratio=0, per_device_train_batch_size=2)
+    (tmp_path/"two.yaml").write_text(yaml.safe_dump(recipe))
+    run("-m", "codetune.cli", "sft", "-f", str(tmp_path/"two.yaml"), "--output_dir", str(tmp_path/"one"), "--gradient_accumulation_steps", "2", runs=runs(1))
+    run("-m", "accelerate.commands.launch", "--config_file", "codetune/assets/accelerate/ddp_cpu.yaml", "-m", "codetune.cli", "sft", "-f", str(tmp_path/"two.yaml"), runs=runs(2))
     one, two = losses(runs(1)), losses(runs(2))
     assert len(one) == 5 and one[4] != one[0]
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
@@ -75,6 +83,48 @@ def test_killed_training_goes_on(data, tmp_path):
     assert f"resuming from {left[-1].name}" in said
     a, b = (load_file(tmp_path/n/"adapter"/"adapter_model.safetensors") for n in ("calm", "killed"))
     for k in a: assert torch.equal(a[k], b[k]), k
+
+# recipe: the shipped configuration of its model, a tiny model of its kind, GB of the GPU that its first lines name
+RECIPES = dict(qwen25_coder_sft_qlora=("qwen2.5-1.5b", "qwen2", 8), qwen25_coder_sft_lora=("qwen2.5-1.5b", "qwen2", 16),
+               qwen25_coder_sft_full=("qwen2.5-1.5b", "qwen2", 40), qwen3_30b_qlora=("qwen3-30b-a3b", "qwen3_moe", 24),
+               qwen3_30b_qlora_18gb=("qwen3-30b-a3b", "qwen3_moe", 18), qwen3_30b_lora=("qwen3-30b-a3b", "qwen3_moe", 80),
+               qwen3_30b_full=("qwen3-30b-a3b", "qwen3_moe", None))
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_train_a_tiny_model_of_their_kind(name, data, tmp_path, monkeypatch):
+    "Every value of a recipe but model, data and length, in a run; the users' environment variables change what they did."
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    model, kind, _ = RECIPES[name]
+    given = load_recipe(name)
+    small = dict(data_path=str(data), model_name_or_path=str(tiny_model(kind)), max_len=64, max_steps=2, local_cache=False, use_wandb=False)
+    cfg = configure(SFTConfig, overrides={k: v for k,v in given.items() if k != "wandb_project"} | small)
+    assert cfg.wandb_project == "mine" and {k: getattr(cfg, k) for k in given if k not in ("wandb_project", *small)} == {
+        k: v for k,v in given.items() if k not in ("wandb_project", *small)}
+    quiet = SimpleNamespace(out=tmp_path, checkpoints=tmp_path/"checkpoints", is_main=True, log=lambda row, step: None)
+    done = train_sft(cfg, quiet)
+    assert done["steps"] == 2 and list(done["outputs"]) == ["model" if cfg.method == "full" else "adapter"]
+
+@pytest.mark.parametrize("name", [n for n,(*_,gpu) in RECIPES.items() if gpu])
+def test_recipes_fit_the_gpu_that_they_name(name):
+    "By the estimator, with 1.2 GB left for CUDA itself where the recipe does not count it."
+    model, _, gpu = RECIPES[name]
+    assert f"{gpu} GB" in (ROOT/"nbs"/"recipes"/f"{name}.yaml").read_text().split("experiment_name")[0]
+    cfg = configure(SFTConfig, overrides=load_recipe(name))
+    keys = ("max_len", "optim", "logit_chunk", "gradient_checkpointing", "head_4bit")
+    guess = estimate_memory(model, cfg.method, lora=settings_of(cfg), batch=cfg.per_device_train_batch_size, device="cuda",
+                            dtype="mixed" if cfg.load_dtype == "fp32" else "bf16", **{k: getattr(cfg, k) for k in keys})
+    assert guess["total"]/1e9 < (gpu if gpu == 18 else gpu - 1.2), guess
+
+@pytest.mark.parametrize("name, expected", [
+    ("ddp", dict(num_processes=2, multi_gpu=True, mixed_precision="bf16")), ("ddp_cpu", dict(num_processes=2, use_cpu=True)),
+    ("fsdp2", dict(use_fsdp=True, fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", mixed_precision="bf16")),
+    ("zero3_offload", dict(use_deepspeed=True, zero_stage=3, offload_optimizer_device="cpu", offload_param_device="cpu"))])
+def test_accelerate_takes_every_configuration(name, expected):
+    "As `accelerate launch` itself reads and checks it."
+    file = ROOT/"codetune/assets/accelerate"/f"{name}.yaml"
+    args = launch_command_parser().parse_args(["--config_file", str(file), "-m", "codetune.cli", "sft"])
+    args, *_ = _validate_launch_command(args)
+    assert {k: getattr(args, k) for k in expected} == expected
 
 def test_used_output_dir_is_refused(data, tmp_path):
     "A folder with files in it is neither mixed nor replaced unasked."
