@@ -97,7 +97,7 @@ class TransformersEngine:
 
     def _decode(self, team, prompts, sampling, generator):
         "Prefill `prompts` and sample until every row has ended."
-        logits,cache,mask = team.prefill(prompts)
+        logits,cache,mask = team.prefill(prompts, sampling.max_new_tokens)
         live,out = list(range(len(prompts))),[Completion([], [], True) for _ in prompts]
         for t in range(sampling.max_new_tokens):
             tokens,lp = draw(logits, sampling, generator)

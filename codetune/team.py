@@ -172,10 +172,11 @@ def use(self:Team,
 @patch
 def prefill(self:Team,
     prompts:list[list[int]],
+    room:int=0,    # tokens to come
 )->tuple:          # (B, V) logits of the next token, the cache and its (B, W) mask
     "Read the prompts with whichever adapter is active."
     self._mode()
-    h,cache,mask = prefill(self.trunk, prompts, self.pad_id)
+    h,cache,mask = prefill(self.trunk, prompts, self.pad_id, room)
     return self.head(h), cache, mask
 
 @patch
