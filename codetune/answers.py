@@ -7,6 +7,7 @@ __all__ = ['PYTHON', 'parses', 'longest_parsable', 'fenced_blocks', 'reduce_code
 
 # %% ../nbs/machinery/answers.ipynb #c003
 import ast,re,textwrap,warnings
+from itertools import islice
 
 # %% ../nbs/machinery/answers.ipynb #c006
 def _compiled(
@@ -15,7 +16,7 @@ def _compiled(
     "Compile text as a module; whatever is wrong with it is returned, not raised."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: return compile(code, "<answer>", "exec", dont_inherit=True)
+        try: return compile(ast.parse(code), "<answer>", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as e: return e
 
 def parses(
@@ -48,66 +49,109 @@ def longest_parsable(
             if not isinstance(error, Exception):
                 if _does_something(code): best,best_n = code,n
                 break
-            line = getattr(error, "lineno", None)
+            line = getattr(error, "lineno", None) or code[:code.find("\0")+1].count("\n")+("\0" in code)
             j = min(j-1, i+line-1) if line else j-1
     return best
 
 # %% ../nbs/machinery/answers.ipynb #c012
-_FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([\w+#.-]*)[ \t]*$")
-PYTHON = {"", "python", "py", "python3", "py3", "ipython"}  # what a fence may call itself
+_LINE = re.compile(r"[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(`{3,}|~{3,})[ \t]*\{?\.?([\w+#.-]*)([^`]*)$")
+_END = re.compile(r"(`{3,}|~{3,})[ \t]*([\w+#.-]*)()[ \t]*$")
+# what a fence may call itself
+PYTHON = {"", "python", "py", "python3", "py3", "ipython", "python3.11", "python3.12"}
+
+def _fence(line):
+    "(text before, mark, language) of a line with a fence, else None; several words after it are prose."
+    m = _LINE.match(line) or _END.search(line)
+    if m is None or "```" in line[:m.start(1)]: return None
+    lang,more = m[2].lower(),m[3].strip(" \t}")
+    return line[:m.start(1)],m[1],lang if lang in PYTHON or not more or "=" in more else ""
+
+def _fences(text):
+    "The lines of a message, and (line number, text before, mark, language) of its fences."
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines,[(i,*found) for i,line in enumerate(lines) if (found := _fence(line))]
+
+# %% ../nbs/machinery/answers.ipynb #c015
+def _body(lines, opening, closing):
+    "The code between two fences; without the second, all that follows the first."
+    body = lines[opening[0]+1:closing[0] if closing else None]
+    if closing and closing[1].strip(): body = [*body, closing[1]]
+    code = "\n".join(body)
+    # a block inside a list; else every blank stays as it is
+    return textwrap.dedent(code) if code.lstrip("\n")[:1].isspace() else code
+
+def _indent(before): return len(before.expandtabs(4)) if not before.strip() else 0
+
+def _ending(lines, fences, at):
+    "(number of the fence that ends block `at`, None at the end of the message; its code)"
+    opening,later = fences[at],range(at+1, len(fences))
+    def is_bare(k): return not fences[k][3] and fences[k][2].startswith(opening[2])
+    deep = _indent(opening[1])+4
+    near = next((k for k in later if (fences[k][3] or is_bare(k)) and _indent(fences[k][1])<deep), None)
+    code = _body(lines, opening, near if near is None else fences[near])
+    if opening[3] in PYTHON and not parses(code):
+        for k in islice(filter(is_bare, later), 10):
+            if parses(longer := _body(lines, opening, fences[k])): return k,longer
+    return near,code
 
 def fenced_blocks(
     text:str,                  # one message
 )->list[tuple[str,str,bool]]:  # (language, code, complete) in order
     "Every fenced block of a message; the last one may lack its closing fence."
-    blocks,mark,lang,body = [],None,"",[]
-    def close(complete):
-        code = "\n".join(body)
-        # a block inside a list; else every blank stays as it is
-        if code.lstrip("\n")[:1].isspace(): code = textwrap.dedent(code)
-        if complete or code.strip(): blocks.append((lang, code, complete))
-    for line in text.replace("\r\n", "\n").split("\n"):
-        m = _FENCE.search(line)
-        if m is None: body.append(line)
-        elif mark is None: mark,lang,body = m[1],m[2].lower(),[]
-        elif m[2]: close(False); mark,lang,body = m[1],m[2].lower(),[]
-        elif m[1].startswith(mark):
-            if line[:m.start()].strip(): body.append(line[:m.start()])
-            close(True); mark,body = None,[]
-        else: body.append(line)
-    if mark is not None: close(False)
+    (lines,fences),blocks,at = _fences(text),[],0
+    while at is not None and at<len(fences):
+        end,code = _ending(lines, fences, at)
+        complete = end is not None and not fences[end][3]
+        if complete or code.strip(): blocks.append((fences[at][3], code, complete))
+        at = end+1 if complete else end
     return blocks
 
-# %% ../nbs/machinery/answers.ipynb #c015
+# %% ../nbs/machinery/answers.ipynb #c019
 def _needs(code):
     "Global names that a code object and everything nested in it may look up."
-    return set(code.co_names).union(*(_needs(c) for c in code.co_consts if hasattr(c, "co_names")))
+    names,left = set(),[code]
+    while left:
+        names.update((now := left.pop()).co_names)
+        left += [c for c in now.co_consts if hasattr(c, "co_names")]
+    return names
 
 def _root(node):
     "The name at the bottom of `a.b[c]`."
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Starred)): node = node.value
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Starred, ast.Expr)): node = node.value
+    if isinstance(node, ast.Call): return _root(node.func)
     return node.id if isinstance(node, ast.Name) else None
+
+def _fills(node):
+    "Whether a statement calls a method that puts something into its object, as `TABLE.update(…)` does."
+    call = node.value if isinstance(node, ast.Expr) else None
+    return (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+            and call.func.attr in ("append", "add", "extend", "insert", "setdefault", "update"))
 
 def _binds(stmt):
     "Top-level names that a statement binds or changes; bodies of functions and classes do not count."
-    if isinstance(stmt, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return {stmt.name}
-    if isinstance(stmt, (ast.Import, ast.ImportFrom)):
-        return {(a.asname or a.name).split(".")[0] for a in stmt.names}
-    own = {_root(n) for n in ast.walk(stmt) if isinstance(getattr(n, "ctx", None), ast.Store)}
-    inner = (s for s in ast.iter_child_nodes(stmt) if isinstance(s, (ast.stmt, ast.ExceptHandler)))
-    return own.union(*map(_binds, inner)) - {None}
+    names,left = set(),[stmt]
+    while left:
+        n = left.pop()
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): names.add(n.name)
+        elif isinstance(n, (ast.Import, ast.ImportFrom)):
+            names |= {(a.asname or a.name).split(".")[0] for a in n.names}
+        else:
+            if isinstance(getattr(n, "ctx", None), ast.Store) or _fills(n): names.add(_root(n))
+            left += ast.iter_child_nodes(n)
+    return names - {None}
 
 def _is_main_guard(stmt):
     "Whether a statement is `if __name__ == …`."
-    return isinstance(stmt, ast.If) and any(isinstance(n, ast.Name) and n.id=="__name__" for n in ast.walk(stmt.test))
+    return isinstance(stmt, ast.If) and any(getattr(n, "id", None)=="__name__" for n in ast.walk(stmt.test))
 
-# %% ../nbs/machinery/answers.ipynb #c016
+# %% ../nbs/machinery/answers.ipynb #c020
 def reduce_code(
     code:str,         # a module that compiles
     entry_point:str,  # the function that will be called
 )->str:  # the same module without what the function does not reach; unchanged if it does not define it
     "Keep imports and whatever binds a name that the entry point reaches."
-    body = [s for s in ast.parse(code).body if not isinstance(s, ast.Expr) and not _is_main_guard(s)]
+    def may_stay(s): return (not isinstance(s, ast.Expr) or _fills(s)) and not _is_main_guard(s)
+    body = [s for s in ast.parse(code).body if may_stay(s)]
     binds = [_binds(s) for s in body]
     if not any(entry_point in b for b in binds): return code
     needs = [_needs(_compiled(ast.Module([s], []))) for s in body]
@@ -125,49 +169,54 @@ def _source(code, stmt):
     text = ast.get_source_segment(code, stmt)
     return "\n".join([*code.split("\n")[first-1:stmt.lineno-1], text])
 
-# %% ../nbs/machinery/answers.ipynb #c019
+# %% ../nbs/machinery/answers.ipynb #c023
 def _defines(code, entry_point):
     return parses(code) and any(entry_point in _binds(s) for s in ast.parse(code).body)
 
+def _trim(code, done):
+    "What parses of a block; a complete block without any such range stays as it is."
+    if parses(code): return code
+    return longest_parsable(code, from_start=not done) or longest_parsable(code) or (code if done else None)
+
+def _blocks(text, entry_point):
+    "(code, complete) of the blocks that may be Python, cut to what parses."
+    blocks,(lines,fences) = fenced_blocks(text),_fences(text)
+    def defines(code): return entry_point and _defines(code, entry_point)
+    if fences and not fences[0][3]:  # a bare first fence may end a block whose opening was prefilled
+        head = _body(lines, (-1,), fences[0]).rstrip()
+        if _does_something(head) and (defines(head) or not any(defines(code) for _,code,_ in blocks)):
+            blocks = [("python", head, True), *fenced_blocks("\n".join(lines[fences[0][0]+1:]))]
+    return [(_trim(code, done), done) for lang,code,done in blocks if lang in PYTHON]
+
 def _pick(text, entry_point):
     "The candidate code of a message, before any reduction."
-    blocks = fenced_blocks(text)
-    first = next((m for line in text.split("\n") if (m := _FENCE.search(line))), None)
-    if first and not first[2]:  # a bare first fence may be the end of a block whose opening was prefilled
-        head = text[:text.index(first[0])].rstrip()
-        rest = text[text.index(first[0])+len(first[0]):]
-        if _does_something(head): blocks = [("python", head, True), *fenced_blocks(rest)]
-    blocks = [(code,complete) for lang,code,complete in blocks if lang in PYTHON]
+    blocks = _blocks(text, entry_point)
     if not blocks: return longest_parsable(text)
-    def trim(code, done):
-        "What parses of a block; a complete block without any such range stays as it is."
-        if parses(code): return code
-        return longest_parsable(code, from_start=not done) or longest_parsable(code) or (code if done else None)
-    trimmed = [(trim(code, done), done)
-               for code,done in blocks]
-    good = [(c,d) for c,d in trimmed if c is not None and c.strip()]
+    good = [(c,d) for c,d in blocks if c is not None and c.strip()]
     defining = [(c,d) for c,d in good if entry_point and _defines(c, entry_point)]
     ranked = (c for pool in (defining, good) for want in (True, False) for c,d in reversed(pool) if d==want)
     return next(ranked, None)
 
+# %% ../nbs/machinery/answers.ipynb #c024
 def extract_code(
     text:str,                   # one message of a model
     entry_point:str|None=None,  # the function the program must define; None takes the last block as it is
     prefill:str="",             # what the assistant's turn was begun with, an opening fence say
 )->str|None:                    # Python source, None when the message holds no program
     "The program that a message contains."
-    code = _pick((prefill+text).replace("\r\n", "\n"), entry_point)
+    code = _pick((prefill+text).replace("\r\n", "\n").replace("\r", "\n"), entry_point)
     if code is None or not code.strip(): return None
     return reduce_code(code, entry_point) if entry_point and parses(code) else code
 
-# %% ../nbs/machinery/answers.ipynb #c024
+# %% ../nbs/machinery/answers.ipynb #c029
+_FUTURE = re.compile(r"(?m)^from __future__ import (?:\([^)]*\)|.*)\n?")
+
 def compose(
     task:dict,     # a BigCodeBench row
     solution:str,  # Python source, "" for the empty body
 )->str:            # the program that the tests are appended to
     "The official calibrated program: the problem's imports and an empty function, then the solution."
-    future = re.findall(r"(?m)^from __future__ import .*\n?", solution)
-    rest = re.sub(r"(?m)^from __future__ import .*\n?", "", solution)
+    future,rest = _FUTURE.findall(solution),_FUTURE.sub("", solution)
     first = "".join(f.rstrip("\n")+"\n" for f in future)
     return f"{first}{task['code_prompt']}\n    pass\n{rest.rstrip()}\n"
 

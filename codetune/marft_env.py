@@ -73,7 +73,7 @@ def env_tasks(
     "The two parts; tasks that are in both raise `ValueError`."
     def part(path, split):
         tasks,manifest = select_tasks(path, split, cfg.max_samples, cfg.seed, cfg.dataset_type,
-                                      cfg.prompt_type)
+                                      cfg.prompt_type, all_sound=True)         # calibrated below
         print(describe(manifest))
         return tasks
     if cfg.test_dataset_path is None: return {s:part(cfg.train_dataset_path, s) for s in ("train","test")}
@@ -106,17 +106,17 @@ def build_env(
     from codetune.embedded import load_tokenizer
     parts,tokenizer = env_tasks(cfg),load_tokenizer(cfg.model_name_or_path)
     with Pool(python=cfg.tasks_python) as pool:
-        records = calibrate(parts["train"]+parts["test"], pool, cfg.calibrate_repeats, cfg.exec_timeout_s,
-                            cfg.tasks_python)
+        records = calibrate(parts["train"]+parts["test"], pool, cfg.calibrate_repeats, cfg.exec_timeout_s)
         report,kept = pool.report(),{s:usable_tasks(t, records, cfg.keep_partial) for s,t in parts.items()}
         print(calibration_table(records))
+        out = resolve_path(cfg.output_dir) if cfg.output_dir else run.dir
+        files = {f"tasks_{s}":out/f"tasks_{s}.json" for s in kept} | dict(calibration=out/"calibration.json")
+        if cfg.output_dir: [keep_previous(f) for f in files.values()]
+        write_json(files["calibration"], dict(
+            repeats=cfg.calibrate_repeats, exec_timeout_s=cfg.exec_timeout_s, keep_partial=cfg.keep_partial,
+            sandbox=report, records=records))
         make_env(cfg, kept["train"], pool, tokenizer)
-    out = resolve_path(cfg.output_dir) if cfg.output_dir else run.dir
-    files = {f"tasks_{s}":out/f"tasks_{s}.json" for s in kept} | dict(calibration=out/"calibration.json")
-    if cfg.output_dir: [keep_previous(f) for f in files.values()]
     for s,tasks in kept.items(): write_json(files[f"tasks_{s}"], tasks)
-    write_json(files["calibration"], dict(repeats=cfg.calibrate_repeats, keep_partial=cfg.keep_partial,
-                                          sandbox=report, records=records))
     return dict(n_train=len(kept["train"]), n_test=len(kept["test"]),
                 n_left_out=sum(not r["usable"] for r in records),
                 layers=report["layers"], outputs={n:str(f) for n,f in files.items()})

@@ -40,7 +40,7 @@ def _interpreter(python):
     text = str(python)
     if os.sep in text:
         from codetune.config import resolve_path
-        found = str(resolve_path(text))
+        found = os.path.abspath(resolve_path(text))
     else: found = shutil.which(text)
     if not found or not os.access(found, os.X_OK) or os.path.isdir(found):
         raise ValueError(f"python={text!r} is no interpreter ({found or 'not on PATH'}); `make setup-tasks` builds "

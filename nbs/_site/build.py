@@ -26,7 +26,7 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "fasttok tokenized packing",
     "Models": "embedded fixtures memory streaming safefile tensorfile audit experts4bit lowrank adapters lineage "
     "train_data trainer oom probe progress merge_plan merge_check",
-    "Tasks": "answers tasks partition calibration observations code_env",
+    "Tasks": "answers task_rows tasks partition calibration observations rewards code_env",
     "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_judge sandbox_evidence sandbox_seal "
     "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
     "Learning": "team logprobs attention prefix engine rollout ppo learner session team_eval",
