@@ -67,7 +67,7 @@ _CAUSES = (  # what a failing reference solution says -> what it means; the firs
 def _cause(verdict, timeout):
     "What a failing reference solution seems to lack; empty where its output does not say."
     if verdict.status=="timeout":
-        doing = "waits" if verdict.cpu_s<.2*verdict.wall_s else "computes"
+        doing = "waits" if verdict.cpu_s<.2*timeout else "computes"
         return f"{doing} longer than {timeout:g} s"
     found = ((re.search(pattern, verdict.output), cause) for pattern,cause in _CAUSES)
     return next((": ".join([cause, *m.groups()]) for m,cause in found if m), "")

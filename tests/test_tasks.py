@@ -137,8 +137,7 @@ def test_training_leaves_out_what_calibration_found(tmp_path):
     free |= dict(task_id="x/free", test="import unittest\nclass TestCases(unittest.TestCase):\n    def test_a(self): pass\n")
     path = tmp_path/"t.json"
     path.write_text(json.dumps([good, free]))
-    other = dict(test_dataset_path="mini:elementary")
-    paths = dict(train_dataset_path=str(path), **other)
+    paths = dict(train_dataset_path=str(path), test_dataset_path="mini:elementary")
     assert ids(build_tasks(APPOConfig(**paths))[0]) == ids([good, free])
     done = command("calibrate", path, "--repeats", 1, "--tasks_python", os.path.relpath(sys.executable, ROOT))
     assert done.returncode == 0 and "t.json.calibration.json" in done.stdout, done.stdout + done.stderr
@@ -146,3 +145,14 @@ def test_training_leaves_out_what_calibration_found(tmp_path):
     assert ids(env_tasks(EnvConfig(**paths))["train"]) == ids([good, free])      # this stage calibrates by itself
     path.write_text(json.dumps([free, good]))
     assert ids(build_tasks(APPOConfig(**paths))[0]) == ids([free, good])         # another file now
+
+def test_setup_tasks_refuses_another_python(tmp_path):
+    "Before anything is installed, and without a fallback that nobody asked for."
+    def setup(**env):
+        return subprocess.run(["bash", ROOT/".ci"/"setup-tasks"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | env)
+    done = setup(TASKS_PYTHON="/no/python3.11")
+    assert done.returncode == 1 and "TASKS_PYTHON=/no/python3.11 is no interpreter" in done.stderr and not list(tmp_path.iterdir())
+    (tmp_path/".venv-tasks"/"bin").mkdir(parents=True)
+    (tmp_path/".venv-tasks"/"bin"/"python").symlink_to("/no/python3.11")
+    done = setup()
+    assert done.returncode == 1 and "rm -rf .venv-tasks" in done.stderr and "== " not in done.stdout
