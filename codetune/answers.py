@@ -82,6 +82,7 @@ def _body(lines, opening, closing):
 
 def _indent(before): return len(before.expandtabs(4)) if not before.strip() else 0
 
+# %% ../nbs/machinery/answers.ipynb #c016
 def _ending(lines, fences, at):
     "(number of the fence that ends block `at`, None at the end of the message; its code)"
     opening,later = fences[at],range(at+1, len(fences))
@@ -106,7 +107,7 @@ def fenced_blocks(
         at = end+1 if complete else end
     return blocks
 
-# %% ../nbs/machinery/answers.ipynb #c019
+# %% ../nbs/machinery/answers.ipynb #c020
 def _needs(code):
     "Global names that a code object and everything nested in it may look up."
     names,left = set(),[code]
@@ -121,6 +122,7 @@ def _root(node):
     if isinstance(node, ast.Call): return _root(node.func)
     return node.id if isinstance(node, ast.Name) else None
 
+# %% ../nbs/machinery/answers.ipynb #c021
 def _fills(node):
     "Whether a statement calls a method that puts something into its object, as `TABLE.update(…)` does."
     call = node.value if isinstance(node, ast.Expr) else None
@@ -144,7 +146,7 @@ def _is_main_guard(stmt):
     "Whether a statement is `if __name__ == …`."
     return isinstance(stmt, ast.If) and any(getattr(n, "id", None)=="__name__" for n in ast.walk(stmt.test))
 
-# %% ../nbs/machinery/answers.ipynb #c020
+# %% ../nbs/machinery/answers.ipynb #c022
 def reduce_code(
     code:str,         # a module that compiles
     entry_point:str,  # the function that will be called
@@ -169,7 +171,7 @@ def _source(code, stmt):
     text = ast.get_source_segment(code, stmt)
     return "\n".join([*code.split("\n")[first-1:stmt.lineno-1], text])
 
-# %% ../nbs/machinery/answers.ipynb #c023
+# %% ../nbs/machinery/answers.ipynb #c025
 def _defines(code, entry_point):
     return parses(code) and any(entry_point in _binds(s) for s in ast.parse(code).body)
 
@@ -197,7 +199,7 @@ def _pick(text, entry_point):
     ranked = (c for pool in (defining, good) for want in (True, False) for c,d in reversed(pool) if d==want)
     return next(ranked, None)
 
-# %% ../nbs/machinery/answers.ipynb #c024
+# %% ../nbs/machinery/answers.ipynb #c026
 def extract_code(
     text:str,                   # one message of a model
     entry_point:str|None=None,  # the function the program must define; None takes the last block as it is
@@ -208,7 +210,7 @@ def extract_code(
     if code is None or not code.strip(): return None
     return reduce_code(code, entry_point) if entry_point and parses(code) else code
 
-# %% ../nbs/machinery/answers.ipynb #c029
+# %% ../nbs/machinery/answers.ipynb #c031
 _FUTURE = re.compile(r"(?m)^from __future__ import (?:\([^)]*\)|.*)\n?")
 
 def compose(

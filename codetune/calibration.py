@@ -72,6 +72,7 @@ def _cause(verdict, timeout):
     found = ((re.search(pattern, verdict.output), cause) for pattern,cause in _CAUSES)
     return next((": ".join([cause, *m.groups()]) for m,cause in found if m), "")
 
+# %% ../nbs/machinery/calibration.ipynb #c013
 def _judge(good, empty, lacks, timeout=10.):
     "Reasons against a task, from the verdicts of its canonical solution and of the empty body."
     n,n_good,bad = len(good),sum(v.passed for v in good),[v for v in good if not v.passed]
@@ -86,7 +87,7 @@ def _judge(good, empty, lacks, timeout=10.):
                                                     f"{max(v.n_tests for v in empty)} tests")
     return why
 
-# %% ../nbs/machinery/calibration.ipynb #c013
+# %% ../nbs/machinery/calibration.ipynb #c014
 _ERROR = re.compile(r"[A-Za-z_.]*(Error|Exception|Warning|Interrupt)\b.*")
 
 def _last_line(verdicts):
@@ -95,7 +96,7 @@ def _last_line(verdicts):
     errors = [l for l in text.split("\n") if _ERROR.match(l) and not l.endswith(": ")]
     return (errors or text.split("\n"))[-1].strip()[:200]
 
-# %% ../nbs/machinery/calibration.ipynb #c016
+# %% ../nbs/machinery/calibration.ipynb #c017
 def _record(task, good, empty, lacks, timeout):
     "What is known of one task."
     why = _judge(good, empty, lacks, timeout)
@@ -110,7 +111,7 @@ def _no_verdict(task, why):
     return dict(task_id=task["task_id"], usable=False, reasons=[str(why)], baseline=0., missing=[],
                 canonical={}, empty={}, n_tests=0, cpu_s=0., wall_s=0., mode="", message="")
 
-# %% ../nbs/machinery/calibration.ipynb #c017
+# %% ../nbs/machinery/calibration.ipynb #c018
 def _ask(submit, task, repeats):
     "Futures of the canonical solution and of the empty body, each with its way to ask again."
     jobs = [(s, k) for s in (canonical(task), "") for k in range(repeats)]
@@ -133,7 +134,7 @@ def _calibrate(tasks, submit, repeats, missing, timeout):
             lacks = missing.get(task["task_id"], [])
             yield _record(task, verdicts[:repeats], verdicts[repeats:], lacks, timeout)
 
-# %% ../nbs/machinery/calibration.ipynb #c018
+# %% ../nbs/machinery/calibration.ipynb #c019
 def calibrate(
     tasks:list[dict],         # BigCodeBench rows
     pool,                     # a sandbox `Pool`, or anything with its `submit`
@@ -154,7 +155,7 @@ def calibrate(
     better = {r["task_id"]:r for r in again if passes(r)}
     return [better.get(r["task_id"], r) | dict(forced=r["task_id"] in better) for r in records]
 
-# %% ../nbs/machinery/calibration.ipynb #c023
+# %% ../nbs/machinery/calibration.ipynb #c024
 def usable_tasks(
     tasks:list[dict],          # BigCodeBench rows
     records:list[dict],        # from `calibrate`
@@ -173,7 +174,7 @@ def usable_tasks(
     pairs = [(t, by_id[t["task_id"]]) for t in tasks]
     return [t | found_out(r) for t,r in pairs if r["usable"] or partly(r)]
 
-# %% ../nbs/machinery/calibration.ipynb #c024
+# %% ../nbs/machinery/calibration.ipynb #c025
 def calibration_table(
     records:list[dict],  # from `calibrate`
     limit:int=30,        # unusable tasks shown
@@ -188,7 +189,7 @@ def calibration_table(
     if libs: lines.append("missing libraries: " + ", ".join(f"{l} ({n})" for l,n in libs.most_common()))
     return "\n".join(lines)
 
-# %% ../nbs/machinery/calibration.ipynb #c027
+# %% ../nbs/machinery/calibration.ipynb #c028
 def calibration_file(
     path:str|Path,  # a task file
 )->Path:

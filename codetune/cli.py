@@ -69,6 +69,7 @@ def run_command(
     print(f"done: {done['run_dir']}")
     return 0
 
+# %% ../nbs/machinery/cli.ipynb #c010
 def pipeline_command(
     argv:list[str],  # the words after `codetune pipeline`
 )->int:              # exit status
@@ -84,7 +85,7 @@ def pipeline_command(
     for stage,summary in done.items(): print(f"  {stage:<12} {summary['run_dir']}")
     return 0
 
-# %% ../nbs/machinery/cli.ipynb #c011
+# %% ../nbs/machinery/cli.ipynb #c012
 def _flags(argv, known):
     "`argv` as (name -> text, positional words); raises ValueError for unknown flags and missing values."
     types = {f["name"]:f["type"] for f in known}
@@ -105,7 +106,7 @@ def _flags(argv, known):
         given[name] = value
     return given,rest
 
-# %% ../nbs/machinery/cli.ipynb #c014
+# %% ../nbs/machinery/cli.ipynb #c015
 _lora = ("data_path","model_name_or_path","output_dir")
 _positions = {"qlora":("data_path","output_dir","experiment_name"), "lora":_lora, "full":_lora}
 
@@ -135,7 +136,7 @@ def _explain(command, stage, fields):
         f"{DIRECT[command][1]}: the stage {stage} without papermill.\n{many}\n"
         f"  -f, --recipe{'':<20}flat YAML file of parameters\n{rows}")
 
-# %% ../nbs/machinery/cli.ipynb #c016
+# %% ../nbs/machinery/cli.ipynb #c017
 def parse_direct(
     command:str,       # a key of `DIRECT`
     argv:list[str],    # the words after it
@@ -144,13 +145,15 @@ def parse_direct(
     stage = DIRECT[command][0]
     fields = read_fields(*STAGES[stage][:2])
     given,rest = _flags(["--recipe" if w=="-f" else w for w in argv], fields)
-    script = rest and given.get("method")=="qlora" and "model_name_or_path" not in given  # guide 2's qlora_qwen3_30b.sh
+    # as guide 2's qlora_qwen3_30b.sh was called
+    script = rest and given.get("method")=="qlora" and "model_name_or_path" not in given
     name = given.pop("recipe", "qwen3_30b_qlora" if command=="sft" and script else None)
     recipe = yield_to_env(load_recipe(name), stage) if name else {}
     given = {**recipe, **_place(command, given, rest, recipe)}
     check_names(given, [f["name"] for f in fields], f"codetune {command}")
     return given
 
+# %% ../nbs/machinery/cli.ipynb #c018
 def direct_command(
     command:str,     # a key of `DIRECT`
     argv:list[str],  # the words after it
@@ -165,7 +168,7 @@ def direct_command(
     with code.start_run(cfg) as run: run.finish(getattr(code, entry)(cfg, run))
     return 0
 
-# %% ../nbs/machinery/cli.ipynb #c018
+# %% ../nbs/machinery/cli.ipynb #c020
 def _dispatch(command, argv):
     "Run one command; returns its exit status."
     if command in _about: return {"run":run_command, "pipeline":pipeline_command}[command](argv)
@@ -173,9 +176,17 @@ def _dispatch(command, argv):
     module,function,_ = TOOLS[command]
     return getattr(importlib.import_module(module), function)(argv) or 0
 
+def _excuse(command, error):
+    "Say an error that users can mend in a line; its exit status, or None for one that they cannot."
+    expected,help_ = isinstance(error, (ValueError,FileNotFoundError,FileExistsError,StageFailed)),hint(error)
+    if os.environ.get("CODETUNE_DEBUG") or not (expected or help_): return None
+    print(f"codetune {command}: {error}" + (f"\n{help_}" if help_ else ""), file=sys.stderr)
+    return 2 if expected and not isinstance(error, StageFailed) else 1
+
+# %% ../nbs/machinery/cli.ipynb #c021
 def main(
     argv:list[str]|None=None,  # words of the command line; None takes the process's
-)->int:                        # 0 done, 1 a stage failed, 2 wrong use, 3 rejected rows (`convert`), 130 interrupted
+)->int:  # 0 done, 1 a stage failed, 2 wrong use, 3 rejected rows (`convert`), 130 interrupted
     "The `codetune` command."
     command,*rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
@@ -189,12 +200,10 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141
     except KeyboardInterrupt: print(f"codetune {command}: interrupted", file=sys.stderr); return 130
     except Exception as e:
-        expected = isinstance(e, (ValueError,FileNotFoundError,FileExistsError,StageFailed))
-        help_ = hint(e)
-        if os.environ.get("CODETUNE_DEBUG") or not (expected or help_): raise
-        print(f"codetune {command}: {e}" + (f"\n{help_}" if help_ else ""), file=sys.stderr)
-        return 2 if expected and not isinstance(e, StageFailed) else 1
+        status = _excuse(command, e)
+        if status is None: raise
+        return status
 
-# %% ../nbs/machinery/cli.ipynb #c019
+# %% ../nbs/machinery/cli.ipynb #c022
 # `python -m codetune.cli`; in a notebook the name is __main__ too, but there is no __file__
 if __name__=="__main__" and "__file__" in globals(): sys.exit(main())

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from .answers import compose,extract_code,fenced_blocks
 from .calibration import settle
 from .observations import check_profiles,fit,prefill,render
-from .rewards import REWARD_TYPES,TAMPERED,Scored,as_verdict,feedback,score_verdict,total_reward
+from .rewards import REWARD_TYPES,TAMPERED,Scored,as_verdict,feedback
+from .rewards import reward_shares_of,score_verdict,total_reward
 from .sandbox import SandboxError
 from .sandbox_verdict import Verdict
 
@@ -55,15 +56,6 @@ class _Slot:
     attempt:int = 0                             # tries used up
     best:float = 0.0                            # best total so far
     history:list = field(default_factory=list)  # [role, text] of earlier tries
-
-def _shares(shares, n_agents, answering):
-    "Reward shares as an array; the last answering agent is paid by default."
-    if shares is None: return np.eye(n_agents)[answering]
-    shares = np.asarray(shares, float)
-    if shares.shape!=(n_agents,) or not (shares>=0).all() or abs(shares.sum()-1)>1e-6:
-        raise ValueError(f"reward_shares={shares.tolist()} must be {n_agents} numbers, not negative, "
-                         f"summing to 1")
-    return shares
 
 # %% ../nbs/machinery/code_env.ipynb #c011
 def _check(env):
@@ -108,7 +100,7 @@ class CodeEnv:
         self.limits = [min(p.get("max_new_tokens", max_new_tokens), max_new_tokens) for p in profiles]
         self.budgets = [context_window-limit for limit in self.limits]
         self.answering = max(i for i,p in enumerate(profiles) if p["with_answer"])
-        self.shares = _shares(reward_shares, len(profiles), self.answering)
+        self.shares = reward_shares_of(reward_shares, len(profiles), self.answering)
         self._check_lengths()
         self.reset()
 

@@ -84,6 +84,7 @@ def env_tasks(
                          f"and --split train and test")
     return parts
 
+# %% ../nbs/04_marft_env.ipynb #c015
 def make_env(
     cfg,              # EnvConfig, or any configuration with its fields
     tasks:list[dict], # usable tasks
@@ -97,7 +98,7 @@ def make_env(
     args = {n:getattr(cfg, n) for n in names.split() if hasattr(cfg, n)}
     return CodeEnv(tasks, load_profiles(cfg.profile_path), tokenizer, pool, **(args | kw))
 
-# %% ../nbs/04_marft_env.ipynb #c015
+# %% ../nbs/04_marft_env.ipynb #c016
 def build_env(
     cfg:EnvConfig,  # checked parameters
     run:Run,        # its directory

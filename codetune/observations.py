@@ -33,6 +33,7 @@ def _check_agent(p, at):
     if p.get("max_new_tokens", 1)<1:
         raise ValueError(f"{at}: max_new_tokens={p['max_new_tokens']} must be at least 1")
 
+# %% ../nbs/machinery/observations.ipynb #c007
 def check_profiles(
     profiles:list[dict],    # one object per agent, in order
     where:str="profiles",   # file name, for errors
@@ -61,7 +62,7 @@ def load_profiles(
     try: return check_profiles(json.loads(file.read_text(encoding="utf-8")), str(path))
     except json.JSONDecodeError as e: raise ValueError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
 
-# %% ../nbs/machinery/observations.ipynb #c009
+# %% ../nbs/machinery/observations.ipynb #c010
 def observation(
     profile:dict,                     # the agent
     task:dict,                        # has `prompt`
@@ -90,7 +91,7 @@ def render(
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text+prefill(profile, task), add_special_tokens=False)["input_ids"]
 
-# %% ../nbs/machinery/observations.ipynb #c012
+# %% ../nbs/machinery/observations.ipynb #c013
 def _shorten(tokenizer, text, by):
     "`text` with a mark for its last `by` tokens; empty where nothing would be left or it was cut before."
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -112,8 +113,7 @@ def fit(
         i = next((i for i,(_,text) in enumerate(history) if text), None)
         if i is None:
             raise ValueError(f"{task['task_id']}: role and problem of {profile['role']} take {len(ids)} "
-                             f"tokens, "
-                             f"{budget} are free; raise context_window or lower max_new_tokens")
+                             f"tokens, {budget} are free; raise context_window or lower max_new_tokens")
         history[i] = (history[i][0], _shorten(tokenizer, history[i][1], len(ids)-budget))
         ids = render(tokenizer, profile, task, history)
     return ids,cut

@@ -31,6 +31,7 @@ def similar_pairs(
         for s in prefix: index[s].append(i)
     return pairs
 
+# %% ../nbs/machinery/partition.ipynb #c008
 def near_duplicates(
     rows:list[dict],  # tasks
 )->list[list[int]]:   # indices of rows that belong together; every row is in exactly one group
@@ -47,7 +48,7 @@ def near_duplicates(
     for i in range(len(rows)): groups[find(i)].append(i)
     return list(groups.values())
 
-# %% ../nbs/machinery/partition.ipynb #c010
+# %% ../nbs/machinery/partition.ipynb #c011
 def _rank(seed, task_id): return hashlib.sha256(f"{seed}{task_id}".encode()).hexdigest()
 
 RULE = ("rank groups of near-duplicates by sha256(seed + task_id); the lowest fill 20 % of the rows as test, "

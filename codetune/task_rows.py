@@ -28,6 +28,7 @@ def _parquet(path):
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"{path}: the Parquet file is damaged or cut off ({e}); fetch it again") from None
 
+# %% ../nbs/machinery/task_rows.ipynb #c007
 def _array(text, path):
     "The items of a JSON array."
     try: return json.loads(text)
@@ -50,7 +51,7 @@ def _parsed(raw, path):
     try: return _array(text, path) if text.lstrip()[:1]=="[" else list(_lines(text, path))
     except RecursionError: raise ValueError(f"{path}: nested too deeply to be rows") from None
 
-# %% ../nbs/machinery/task_rows.ipynb #c007
+# %% ../nbs/machinery/task_rows.ipynb #c008
 def read_rows(
     path:str|Path,  # JSON array, JSONL, either gzipped, or Parquet
 )->list[dict]:      # the file's objects, in order; at least one
@@ -66,7 +67,7 @@ def read_rows(
             raise ValueError(f"{path}: row {i} is a {type(r).__name__}, not an object")
     return rows
 
-# %% ../nbs/machinery/task_rows.ipynb #c012
+# %% ../nbs/machinery/task_rows.ipynb #c013
 REVISIONS = ("v0.1.0_hf", "v0.1.1", "v0.1.2", "v0.1.3", "v0.1.4")  # each the whole benchmark
 def hub_rows(
     name:str,                # bigcode/bigcodebench or bigcode/bigcodebench-hard
@@ -80,7 +81,7 @@ def hub_rows(
             f"{name} {revision} is neither cached nor reachable ({e}). Download its Parquet file where there "
             f"is a network and pass its path as --input, or use `mini`, which ships with codetune") from None
 
-# %% ../nbs/machinery/task_rows.ipynb #c016
+# %% ../nbs/machinery/task_rows.ipynb #c017
 FIELDS = ("task_id", "complete_prompt", "instruct_prompt", "canonical_solution", "code_prompt", "test",
           "entry_point", "doc_struct", "libs")
 PROMPT_TYPES = ("instruct", "complete")
@@ -107,7 +108,7 @@ def _found_out(row):
     known = dict(mode=mode) if mode in ("inprocess", "io") else {}
     return known | (dict(baseline=base) if isinstance(base, float) and 0<base<1 else {})
 
-# %% ../nbs/machinery/task_rows.ipynb #c017
+# %% ../nbs/machinery/task_rows.ipynb #c018
 def to_task(
     row:dict,                    # a BigCodeBench row, a task of ours, or an original HumanEval row
     where:str="row",             # file and line, for errors

@@ -37,6 +37,7 @@ def _mini(source, dataset_type):
         raise ValueError(f"{source!r}: mini has {', '.join(f'{l} ({n})' for l,n in Counter(levels).items())}")
     return [r for r,l in zip(rows, levels) if level in ("", l)]
 
+# %% ../nbs/machinery/tasks.ipynb #c008
 def _raw(source, path, revision, dataset_type):
     "Rows of a source, before the contract, and the name under which the manifest knows it."
     if path.is_file():
@@ -60,7 +61,7 @@ def _tasks(raw, name, prompt_type):
                          f"ids must be unique")
     return rows
 
-# %% ../nbs/machinery/tasks.ipynb #c008
+# %% ../nbs/machinery/tasks.ipynb #c009
 def _kinds(dataset_type, prompt_type):
     "Dataset type and prompt type; what does not exist raises `ValueError`."
     if dataset_type in PROMPT_TYPES:
@@ -86,7 +87,7 @@ def _posed(raw):
 
 def _digest(tasks): return hashlib.sha256("\n".join(t["task_id"] for t in tasks).encode()).hexdigest()
 
-# %% ../nbs/machinery/tasks.ipynb #c010
+# %% ../nbs/machinery/tasks.ipynb #c011
 def select_tasks(
     source:str="mini",           # Hub name, mini, mini:easy, or a file
     split:str="all",             # all, train, test, or a revision of the Hub
@@ -112,7 +113,7 @@ def select_tasks(
         n_source=len(rows), n_split=len(part), n_unsound=len(part)-len(sound), n_tasks=len(tasks),
         task_ids_sha256=_digest(tasks))
 
-# %% ../nbs/machinery/tasks.ipynb #c011
+# %% ../nbs/machinery/tasks.ipynb #c012
 def describe(
     manifest:dict,  # from `select_tasks`
 )->str:             # one or two sentences
@@ -134,7 +135,7 @@ def load_tasks(
     print(describe(manifest))
     return tasks
 
-# %% ../nbs/machinery/tasks.ipynb #c021
+# %% ../nbs/machinery/tasks.ipynb #c022
 def convert_bigcodebench(
     input:str,                   # Hub name, mini, or a file
     output:str|Path,             # JSON file to write
@@ -154,7 +155,7 @@ def convert_bigcodebench(
     print(f"{describe(manifest)}\nwrote {path}")
     return manifest
 
-# %% ../nbs/machinery/tasks.ipynb #c022
+# %% ../nbs/machinery/tasks.ipynb #c023
 def _parser(prog, text):
     "The words that both commands take."
     p = argparse.ArgumentParser(prog=f"codetune {prog}", description=text)
@@ -172,6 +173,7 @@ def _selection(a):
     "The arguments of `select_tasks` among the words."
     return {n:getattr(a, n) for n in "split max_samples seed dataset_type prompt_type revision".split()}
 
+# %% ../nbs/machinery/tasks.ipynb #c024
 def convert_bigcodebench_command(
     argv:list[str],  # the words after `codetune convert-bigcodebench`
 )->int:              # exit status
@@ -185,7 +187,7 @@ def convert_bigcodebench_command(
     except (ValueError, OSError) as e: print(f"convert-bigcodebench: {e}", file=sys.stderr); return 2
     return 0
 
-# %% ../nbs/machinery/tasks.ipynb #c026
+# %% ../nbs/machinery/tasks.ipynb #c028
 def _calibrate_parser():
     "The words of `codetune calibrate`."
     p = _parser("calibrate", "Run canonical solutions and empty bodies several times; list unsound tasks.")
@@ -198,6 +200,7 @@ def _calibrate_parser():
     add("--output", help="JSON file of all records (default: FILE.calibration.json, which training reads)")
     return p
 
+# %% ../nbs/machinery/tasks.ipynb #c029
 def calibrate_command(
     argv:list[str],  # the words after `codetune calibrate`
 )->int:              # exit status: 0 if at least one task is usable

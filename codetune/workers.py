@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['resolve', 'Workers']
 
-# %% ../nbs/machinery/workers.ipynb #c002
+# %% ../nbs/machinery/workers.ipynb #c003
 import importlib,os,pickle,queue,struct,subprocess,sys,threading,traceback
 from collections import deque
 
-# %% ../nbs/machinery/workers.ipynb #c005
+from fastcore.basics import patch
+
+# %% ../nbs/machinery/workers.ipynb #c006
 def _send(pipe, value):
     "Write one pickled value with its length."
     data = pickle.dumps(value, protocol=5)
@@ -24,11 +26,19 @@ def _receive(pipe):
     if len(data)<size: raise EOFError
     return pickle.loads(data)
 
+# %% ../nbs/machinery/workers.ipynb #c009
 def _take_tasks(pipe, tasks):
     "Move tasks from the pipe to the queue until the parent closes it or dies."
     try:
         while True: tasks.put((_receive(pipe),))
     except EOFError: tasks.put(None)
+
+def resolve(
+    target:str,  # "codetune.module:name"
+):               # the object
+    "Import what a `module:name` text names."
+    module,_,name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 def _child_main():
     "Answer tasks until they end."
@@ -45,14 +55,7 @@ def _child_main():
         except Exception: answer = False,traceback.format_exc()
         _send(pipe_out, answer)
 
-def resolve(
-    target:str,  # "codetune.module:name"
-):               # the object
-    "Import what a `module:name` text names."
-    module,_,name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-# %% ../nbs/machinery/workers.ipynb #c007
+# %% ../nbs/machinery/workers.ipynb #c011
 class Workers:
     "A pool of `n` child processes; with `n` of 1 the work is done here."
     def __init__(self,
@@ -65,9 +68,9 @@ class Workers:
     def __enter__(self):
         if self.n==1: self.fn = resolve(self.target)(*self.args); return self
         env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(p or "." for p in sys.path))
-        code = "from codetune.workers import _child_main; _child_main()"
+        argv = [sys.executable, "-c", "from codetune.workers import _child_main; _child_main()"]
         for _ in range(self.n):
-            p = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+            p = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
             self.procs.append(p); _send(p.stdin, (self.target, self.args))
         return self
 
@@ -79,25 +82,30 @@ class Workers:
                 except BrokenPipeError: pass       # it is gone already
             p.wait()
 
-    def _answer(self, i):
-        "The answer of worker `i` to its oldest task."
-        try: ok,value = _receive(self.procs[i].stdout)
-        except EOFError:
-            code = self.procs[i].wait()
-            raise RuntimeError(f"a worker process ended with status {code} (-9: killed, often for memory); try fewer workers") from None
-        if not ok: raise RuntimeError(f"a worker failed:\n{value}")
-        return value
+# %% ../nbs/machinery/workers.ipynb #c013
+@patch
+def _answer(self:Workers, i):
+    "The answer of worker `i` to its oldest task."
+    try: ok,value = _receive(self.procs[i].stdout)
+    except EOFError:
+        code = self.procs[i].wait()
+        raise RuntimeError(f"a worker process ended with status {code} (-9: killed, often for memory); "
+                           f"try fewer workers") from None
+    if not ok: raise RuntimeError(f"a worker failed:\n{value}")
+    return value
 
-    def map(self,
-        tasks,        # iterable of picklable tasks, read as needed
-        ahead:int=2,  # tasks per worker that are under way
-    ):                # iterator of (task, answer) in the order of the tasks
-        "Apply the function to every task, in order."
-        if self.n==1: yield from ((t, self.fn(t)) for t in tasks); return
-        waiting = deque()
-        for i,task in enumerate(tasks):
-            if len(waiting)>=ahead*self.n: j,t = waiting.popleft(); yield t,self._answer(j)
-            try: _send(self.procs[i%self.n].stdin, task)
-            except BrokenPipeError: pass           # _answer says how it ended
-            waiting.append((i%self.n, task))
-        while waiting: j,t = waiting.popleft(); yield t,self._answer(j)
+@patch
+def map(
+    self:Workers,
+    tasks,        # iterable of picklable tasks, read as needed
+    ahead:int=2,  # tasks per worker that are under way
+):                # iterator of (task, answer) in the order of the tasks
+    "Apply the function to every task, in order."
+    if self.n==1: yield from ((t, self.fn(t)) for t in tasks); return
+    waiting = deque()
+    for i,task in enumerate(tasks):
+        if len(waiting)>=ahead*self.n: j,t = waiting.popleft(); yield t,self._answer(j)
+        try: _send(self.procs[i%self.n].stdin, task)
+        except BrokenPipeError: pass           # _answer says how it ended
+        waiting.append((i%self.n, task))
+    while waiting: j,t = waiting.popleft(); yield t,self._answer(j)
