@@ -93,7 +93,7 @@ _ERROR = re.compile(r"[A-Za-z_.]*(Error|Exception|Warning|Interrupt)\b.*")
 def _last_line(verdicts):
     "The last error that a failing canonical solution left, else its last line."
     text = next((v.output for v in verdicts if not v.passed and v.output), "").strip()
-    errors = [l for l in text.split("\n") if _ERROR.match(l) and not l.endswith(": ")]
+    errors = [l for l in text.split("\n") if _ERROR.match(l)]
     return (errors or text.split("\n"))[-1].strip()[:200]
 
 # %% ../nbs/machinery/calibration.ipynb #c017

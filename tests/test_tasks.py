@@ -81,11 +81,17 @@ SAY_LESS = "115 221 245 634 736 176 111"     # an older scipy (5), the network o
 def test_calibration_with_the_benchmarks_libraries():
     "Of 840 real rows all pass but 29, each for a reason of its own; nothing honest is called tampering."
     rows = select_tasks(str(BCB))[0]
-    with Pool(n_slots=2, python=str(TASKS_PYTHON)) as pool: records = calibrate(rows, pool, repeats=1, exec_timeout_s=60)
-    bad = {r["task_id"].split("/")[1]: r for r in records if not r["canonical"].get("passed")}
     known = {i: why for why, ids in FAIL.items() for i in ids.split()}
-    named = {i: why for i, why in known.items() if i in bad and any(w.startswith(why) for w in bad[i]["reasons"])}
-    assert named == known and set(bad) == {*known, *SAY_LESS.split()}, calibration_table(list(bad.values()))
+    fails = {f"BigCodeBench/{i}" for i in (*known, *SAY_LESS.split())}
+    with Pool(n_slots=2, python=str(TASKS_PYTHON)) as pool:
+        records = calibrate(rows, pool, repeats=1, exec_timeout_s=60)
+        bad = {r["task_id"]: r for r in records if not r["canonical"].get("passed")}
+        flicker = [r for r in rows if r["task_id"] in set(bad)-fails]        # row 236 draws names that nobody seeds
+        again = calibrate(flicker, pool, repeats=5, exec_timeout_s=60) if flicker else []
+    assert len(flicker) <= 3 and all(r["canonical"].get("passed") for r in again), calibration_table(again)
+    assert fails <= set(bad), fails-set(bad)
+    unnamed = [i for i, why in known.items() if not any(w.startswith(why) for w in bad[f"BigCodeBench/{i}"]["reasons"])]
+    assert not unnamed, calibration_table([bad[f"BigCodeBench/{i}"] for i in unnamed])
     assert not [r for r in records if "tampered" in r["canonical"]]
 
 def test_convert_makes_two_parts_that_do_not_overlap(tmp_path):
