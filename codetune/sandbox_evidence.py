@@ -56,22 +56,29 @@ def _versions_move():
 _VERSIONED = _versions_move()
 _MOCKED = set("open input print __import__ _ exit quit help copyright credits license".split())
 
+def _callables(names):
+    return {n: v for n,v in list(names.items()) if n not in _MOCKED and (callable(v) or hasattr(v, "__func__"))}
+
 def snapshot(
-    names:dict,        # of a module or a class
-    inside:bool=True,  # look into the functions too
-)->callable:           # names what has changed since, or None
-    "Remember the callables of one module or class."
-    old = {n: v for n,v in list(names.items()) if n not in _MOCKED and (callable(v) or hasattr(v, "__func__"))}
-    views = {n: w for n,v in old.items() if inside and (w := parts(v))}
-    looks,were,word = list(views.values()),[w.raw for w in views.values()],version(names)
-    seen = word.value if _VERSIONED else None
-    def changed(get=names.get):
+    spaces:dict,       # what to call it -> names of a module or class
+    core=("",),        # beginnings of what it is called, where functions are looked into too
+)->callable:           # names what has changed since, or None; asked with False it does not look into functions
+    "Remember the callables of modules and classes."
+    old = [(n, names, _callables(names)) for n,names in spaces.items()]
+    views = [(f"{n}.{k}", w) for n,_,found in old if n.startswith(core) for k,v in found.items() if (w := parts(v))]
+    words,looks = [version(names) for names in spaces.values()],[w for _,w in views]
+    seen,were = [w.value for w in words] if _VERSIONED else None,[w.raw for w in looks]
+    def renamed():
+        for n,names,found in old:
+            for k,v in found.items():
+                if names.get(k) is not v: return f"{n}.{k}"
+    def changed(inside=True):
         nonlocal seen
-        if (now := word.value)!=seen:
-            for n,v in old.items():
-                if get(n) is not v: return n
+        if (now := [w.value for w in words])!=seen:
+            if (name := renamed()): return name
             if _VERSIONED: seen = now
-        if [w.raw for w in looks]!=were: return next(n for n,raw in zip(views, were) if views[n].raw!=raw)
+        if inside and [w.raw for w in looks]!=were:
+            return next(name for (name,w),raw in zip(views, were) if w.raw!=raw)
     return changed
 
 # %% ../nbs/machinery/sandbox_evidence.ipynb #c013
@@ -93,11 +100,7 @@ def pristine(modules:dict)->callable:   # sys.modules
             if isinstance(cls, type): spaces[f"{n}.{c}"] = own_names(cls)
     for c in ("DataFrame", "Series", "Index") if "pandas" in modules else ():
         spaces[f"pandas.{c}"] = own_names(getattr(modules["pandas"], c))
-    looks = [(n, snapshot(s, n.startswith(_CORE))) for n,s in spaces.items()]
-    def changed():
-        for n,look in looks:
-            if (d := look()): return f"{n}.{d}"
-    return changed
+    return snapshot(spaces, _CORE)
 
 # %% ../nbs/machinery/sandbox_evidence.ipynb #c016
 _EVENTS = set("""sys._getframe sys._current_frames sys._current_exceptions sys.settrace sys.setprofile sys.addaudithook

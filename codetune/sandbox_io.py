@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_MESSAGE', 'Unsendable', 'encode', 'decode', 'RemoteError', 'encode_error', 'decode_error', 'receive', 'send',
-           'serve', 'stub', 'judge']
+           'serve', 'stub', 'judge', 'rehearse']
 
 # %% ../nbs/machinery/sandbox_io.ipynb #c003
 import builtins
@@ -18,11 +18,13 @@ import json
 import math
 import os
 import pathlib
+import socket
 import struct
 import sys
 import types
 import unittest
 
+from . import isolation
 from .sandbox_judge import Outcomes, flush, load
 
 # %% ../nbs/machinery/sandbox_io.ipynb #c006
@@ -198,7 +200,8 @@ def judge(
     module = sys.modules["__test__"] = types.ModuleType("__test__")
     call = module.__dict__[job["entry_point"]] = stub(fd)
     module.__dict__.update(_borrow(job.get("borrowed", {})))
-    if (error := load(module, job["test"], "<test>")): return failed | dict(messages=error)
+    test = bytes.fromhex(job["code"]) if job.get("code") else job["test"]
+    if (error := load(module, test, "<test>")): return failed | dict(messages=error)
     outcomes = Outcomes(expected_failure="passed" if "expectedFailure" in job["test"] else "failed")
     for c in sorted({n.rpartition(".")[0] or "TestCases" for n in expected}):
         unittest.defaultTestLoader.loadTestsFromTestCase(getattr(module, c)).run(outcomes)
@@ -206,3 +209,28 @@ def judge(
     return dict(tests={n: words.get(n, "error") for n in expected},
                 messages="\n".join(outcomes.notes)[-8000:], tampered=[],
                 unfit=call.unfit)
+
+# %% ../nbs/machinery/sandbox_io.ipynb #c022
+_PIECE = dict(entry_point="task_func", expected=["test_fails", "test_passes", "test_raises"], lent={"math": ["math", ""]},
+              solution="def task_func(x): return [x, str(x)]", test="""import unittest
+class TestCases(unittest.TestCase):
+    def test_passes(self): self.assertEqual(task_func(1), [1, "1"])
+    def test_fails(self): self.assertEqual(task_func({2: .5}), (2, ""))
+    def test_raises(self):
+        with self.assertRaises(TypeError): task_func()
+""")
+
+def rehearse(
+    times:int=10,  # for each part
+)->list:           # what the judge found
+    "Play a small job with a forked partner, in turn as judge and as worker."
+    found = []
+    for k in range(2*times):
+        mine,other = socket.socketpair()
+        play = (lambda s: found.append(judge(_PIECE, s.fileno()))),(lambda s: serve(s.fileno()))
+        if (pid := isolation.fork())==0:
+            try: mine.close(); play[1 - k % 2](other)
+            finally: os._exit(0)
+        other.close(); play[k % 2](mine); mine.close()
+        os.waitpid(pid, 0); sys.modules.pop("__test__", None)
+    return found

@@ -10,6 +10,7 @@ __all__ = ['HOOKS', 'PLAIN', 'explain', 'Outcomes', 'Unequal', 'make_believe', '
 import builtins
 import contextlib
 import functools
+import marshal
 import os
 import random
 import sys
@@ -162,7 +163,7 @@ def bind(code, get):
 
 def load(
     module,           # where
-    source:str,       # what
+    source,           # what: text, or bytes of code that was compiled elsewhere
     name:str,         # file name of its code
     get=None,         # what stands for a mark in rewritten tests, and for any other text
 )->str:               # "" or what was raised
@@ -170,7 +171,7 @@ def load(
     try:
         with warnings.catch_warnings():
             if get: warnings.simplefilter("ignore", SyntaxWarning)      # a mark looks like a text that is called
-            code = compile(source, name, "exec", dont_inherit=True)
+            code = marshal.loads(source) if type(source) is bytes else compile(source, name, "exec", dont_inherit=True)
         exec(bind(code, get) if get else code, module.__dict__)
     except BaseException as e: return explain(e)[-4000:]
     return ""
@@ -183,12 +184,12 @@ def flush():
 _BASE = set(dir(unittest.TestCase)) - {"__doc__", "__module__", "__dict__", "__weakref__"}
 def _shadowed(cases):
     "Names by which a test class would bend its own base: what differs from how the tests' source defined it."
-    spaces = [(c.__name__, own_names(c)) for c in cases]
-    looks = [(name, names, snapshot(names), _BASE.intersection(names)) for name,names in spaces]
-    def changed():
-        for name,names,look,before in looks:
-            if (d := look()): return f"{name}.{d}"
-            if _BASE.intersection(names)!=before: return f"{name}: {sorted(_BASE.intersection(names) ^ before)}"
+    spaces = {c.__name__: own_names(c) for c in cases}
+    look,before = snapshot(spaces),{n: _BASE.intersection(names) for n,names in spaces.items()}
+    def changed(inside=True):
+        if (d := look(inside)): return d
+        for n,names in spaces.items():
+            if (now := _BASE.intersection(names))!=before[n]: return f"{n}: {sorted(now ^ before[n])}"
     return changed
 
 _OURS = [*classes(), Outcomes, Unequal]
@@ -204,15 +205,15 @@ class Watchman:
     def __init__(self, job, changed):
         self.off,self.changed,self.tampered = set(job.get("off", ())),changed,[]
         self.place,self.count = os.urandom(1)[0] % len(job["expected"]),0
-        self.cases,self.bent = [],lambda: None
+        self.cases,self.bent = [],lambda inside: None
         self.sealed = [] if "seal" in self.off else [*_OURS, Watchman]
         self.seal_cases = bool(self.sealed) and job.get("sealable", True)
     def find(self, what):
         if len(self.tampered)<5: self.tampered.append(what)
-    def look(self, where):
+    def look(self, where, inside=True):
         "Compare the machinery with its pristine copies."
         if "pristine" in self.off: return
-        if c := self.changed() or self.bent(): self.find(f"{where}: {c} was changed")
+        if c := self.changed(inside) or self.bent(inside): self.find(f"{where}: {c} was changed")
     def sing(self, case):
         if "canaries" not in self.off and not canary(case): self.find("a canary did not fail")
     def begin(self, cases):
@@ -221,7 +222,7 @@ class Watchman:
         if "canaries" not in self.off and any(map(_lineage, cases)): self.find("a test class inherits from the solution")
         for c in self.sealed: seal(c)
     def before(self):
-        self.look("between tests")
+        self.look("between tests", inside=False)
         if self.count==self.place: self.sing(self.cases[0])
         self.count += 1
         if self.seal_cases: self.close(True)
@@ -236,7 +237,7 @@ class Watchman:
 # %% ../nbs/machinery/sandbox_judge.ipynb #c020
 def run_tests(
     job:dict,               # solution, test, expected, guard (mark of what the rewritten tests call), off
-    changed=lambda: None,   # names what differs from the pristine copies
+    changed=lambda inside: None,  # names what differs from the pristine copies
 )->dict:                    # tests, messages, tampered
     "Load the solution, then the tests; run them once among canaries."
     module,expected,watch,make_outcomes = new_module(),job["expected"],Watchman(job, changed),Outcomes
@@ -248,7 +249,8 @@ def run_tests(
     random.seed(0)
     error = load_(module, job["solution"], "<solution>")
     watch.look("after loading")
-    error = error or load_(module, job["test"], "<test>", get if mark else None)
+    test = bytes.fromhex(job["code"]) if job.get("code") else job["test"]
+    error = error or load_(module, test, "<test>", get if mark else None)
     if error: return dict(tests={n: "error" for n in expected}, messages=error, tampered=watch.tampered)
     cases = [getattr(module, c) for c in sorted({n.rpartition(".")[0] or "TestCases" for n in expected})]
     watch.begin(cases)
@@ -274,7 +276,7 @@ class TestCases(unittest.TestCase):
 """)
 
 def rehearse(
-    changed=lambda: None,  # as for `run_tests`
+    changed=lambda inside: None,  # as for `run_tests`
     off=(),                # layers that are left out
     times:int=20,          # CPython 3.11 specialises a function's code after eight calls
 )->dict:                   # what the last one gave

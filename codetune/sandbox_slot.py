@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'send_frame', 'recv_frame', 'set_limits', 'confine', 'keep_only', 'run_inprocess', 'run_judge', 'run_worker',
-           'fork_parts', 'Pipes', 'processes', 'run_delay', 'memory_mib', 'sweep', 'Watch', 'watch', 'classify', 'Slot',
-           'start_slot', 'huge_pages', 'import_if_there', 'forkable', 'hide', 'warm_parent']
+           'fork_parts', 'Pipes', 'read_text', 'processes', 'run_delay', 'memory_mib', 'sweep', 'Watch', 'watch',
+           'classify', 'Slot', 'start_slot', 'huge_pages', 'import_if_there', 'forkable', 'hide', 'warm_parent']
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c003
 import contextlib
 import gc
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -83,6 +83,7 @@ def confine(
     layers,          # names of the layers to take
     header:dict,     # mem_mib, timeout, work, rules (of Landlock), n_proc
     filters:dict,    # the seccomp programs, built once
+    hidden:bool=False,  # let no other process read our memory, also where memory cannot be weighed from outside
 )->None:
     "Take the layers, in the order that their needs allow. Any failure raises."
     isolation.prctl(isolation.DUMPABLE, 1)
@@ -92,6 +93,7 @@ def confine(
     isolation.prctl(isolation.NNP, 1)
     if "landlock" in layers: isolation.landlock(header["rules"])
     if header["rules"]>=0: os.close(header["rules"])
+    if hidden or "namespaces" in layers: isolation.prctl(isolation.DUMPABLE, 0)
     if "seccomp" in layers: isolation.seccomp(filters["namespaces" in layers])
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c011
@@ -141,8 +143,7 @@ def run_inprocess(header, layers, filters, watched, body_fd, pipes):
 # %% ../nbs/machinery/sandbox_slot.ipynb #c014
 def run_judge(header, layers, filters, watched, body_fd, pipes, link):
     "Two processes, the judge: it reads the job after the worker was forked, and executes none of the solution."
-    confine(layers, header, filters)
-    isolation.prctl(isolation.DUMPABLE, 0)
+    confine(layers, header, filters, hidden=True)
     with open(body_fd, encoding="utf-8") as f: job = json.load(f)
     nonce = job.pop("nonce")
     data = _record(nonce, sandbox_io.judge(job, link))
@@ -207,7 +208,7 @@ class Pipes:
         return {name: b"".join(d) for name,d in self.data.items()},self.over()
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c018
-def _read(path):
+def read_text(path):
     try:
         with open(path) as f: return f.read()
     except OSError: return ""
@@ -216,7 +217,7 @@ def processes(root:int=None)->list[int]:
     "Living processes below one; None: all but process 1, in a namespace of our own."
     rows = {}
     for p in filter(str.isdigit, os.listdir("/proc")):
-        words = _read(f"/proc/{p}/stat").rpartition(")")[2].split()
+        words = read_text(f"/proc/{p}/stat").rpartition(")")[2].split()
         if words and words[0]!="Z": rows[int(p)] = int(words[1])
     if root is None: return [p for p in rows if p!=1]
     below,grew = {root},True
@@ -227,7 +228,7 @@ def processes(root:int=None)->list[int]:
 
 def run_delay(pids)->dict:
     "Seconds that each process's threads have waited for a processor."
-    wait = lambda p: sum(int((_read(f"/proc/{p}/task/{t}/schedstat").split() or [0, 0])[1])
+    wait = lambda p: sum(int((read_text(f"/proc/{p}/task/{t}/schedstat").split() or [0, 0])[1])
                          for t in _tasks(p))
     return {p: wait(p)/1e9 for p in pids}
 
@@ -236,14 +237,17 @@ def _tasks(p):
     except OSError: return []
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c019
-def memory_mib(pids, limit_mib)->float:
-    "Memory of a tree, MiB: resident sizes, and only where these sum up to the limit the proportional ones."
+def memory_mib(pids, limit_mib, weigh=None)->float:
+    "Memory of a tree, MiB: resident sizes, and only where these sum up to the limit the proportional ones, or what `weigh` says."
     page = resource.getpagesize()
-    rss = {p: int((_read(f"/proc/{p}/statm").split() or [0, 0])[1])*page/2**20 for p in pids}
+    rss = {p: int((read_text(f"/proc/{p}/statm").split() or [0, 0])[1])*page/2**20 for p in pids}
     if sum(rss.values())<=limit_mib: return sum(rss.values())
+    if weigh: return weigh()
     def pss(p):
-        line = [l for l in _read(f"/proc/{p}/smaps_rollup").splitlines() if l.startswith("Pss:")]
-        return int(line[0].split()[1])/1024 if line else rss[p]
+        try:
+            with open(f"/proc/{p}/smaps_rollup") as f: return sum(int(l.split()[1])/1024 for l in f if l.startswith("Pss:"))
+        except PermissionError: return rss[p]                  # it hides from us: nothing is taken as shared
+        except OSError: return 0.                              # it has ended meanwhile
     return sum(map(pss, pids))
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c021
@@ -272,8 +276,8 @@ def sweep(private:bool)->int:   # how many processes were still alive
 # %% ../nbs/machinery/sandbox_slot.ipynb #c022
 class Watch:
     "One look at a running program every 50 ms, and the reason to stop it, if any."
-    def __init__(self, header, private, base_mib):
-        self.limit,self.private = header["timeout"],private
+    def __init__(self, header, private, base_mib, weigh=None):
+        self.limit,self.private,self.weigh = header["timeout"],private,weigh
         self.mem = header["mem_mib"] + base_mib
         self.t0,self.delay = time.monotonic(),{}
     def wall(self): return time.monotonic() - self.t0
@@ -284,7 +288,7 @@ class Watch:
         pids = processes(None if self.private else os.getpid())
         self.delay |= run_delay(pids)
         if wall > 3*self.limit or self.spent() > self.limit: return "timeout"
-        return "oom" if wall > .1 and memory_mib(pids, self.mem) > self.mem else ""
+        return "oom" if wall > .1 and memory_mib(pids, self.mem, self.weigh) > self.mem else ""
     def wait_ms(self): return max(1, min(50, 1000*(self.limit - self.spent())))
 
 def watch(pid, pipes, look):
@@ -373,7 +377,7 @@ def _run_job(self, header, body_fd):
     pipes = Pipes(dict(output=8*2**20, result=4*2**20, witness=2**16))
     header |= self.given
     pid,helper = fork_parts(header, self.streams, (self.layers, self.filters, self.watched), body_fd, pipes)
-    stopped,code,use,wall = watch(pid, pipes, Watch(header, self.private, self.base))
+    stopped,code,use,wall = watch(pid, pipes, Watch(header, self.private, self.base, self.weigh if self.private else None))
     uses = [use]
     if helper: os.kill(helper, signal.SIGKILL); uses.append(os.wait4(helper, 0)[2])
     orphans = sweep(self.private)
@@ -385,19 +389,24 @@ def _run_job(self, header, body_fd):
                                                                                for u in uses)/1024, orphans=orphans)
     return seen,data["output"][-16384:],data["result"],data["witness"]
 
+def _weigh(self):
+    "Programs hide their memory from all processes but the supervisor; it weighs them for us."
+    send_frame(self.sock, dict(weigh=True))
+    return recv_frame(self.sock)[0]["mib"]
+
 def _serve(self):
     "Say what works here, then serve jobs until the supervisor closes the socket."
     send_frame(self.sock, dict(layers=self.layers))
     while (got := recv_frame(self.sock, 1))[0]: send_frame(self.sock, *self.run_job(got[0], got[2][0]))
     sweep(self.private)
 
-Slot.probe,Slot.run_job,Slot.serve = _probe,_run_job,_serve
+Slot.probe,Slot.run_job,Slot.weigh,Slot.serve = _probe,_run_job,_weigh,_serve
 
 # %% ../nbs/machinery/sandbox_slot.ipynb #c028
 def start_slot(sock, config, *shared):
     "Become a slot. A failure is told to the supervisor."
     try:
-        if config["namespaces"]: isolation.enter_slot()
+        if config["namespaces"]: isolation.enter_slot(); isolation.prctl(isolation.NAME, config["name"].encode())
         else: isolation.die_with_parent(config["parent"])
         slot = Slot(sock, config, *shared)
     except OSError as e: return send_frame(sock, dict(error=f"{type(e).__name__}: {e}"))
@@ -406,7 +415,7 @@ def start_slot(sock, config, *shared):
 # %% ../nbs/machinery/sandbox_slot.ipynb #c030
 def huge_pages():
     "Let the kernel back the imported heap by huge pages: forks copy fewer page tables. Best effort by nature."
-    for line in _read("/proc/self/maps").splitlines():
+    for line in read_text("/proc/self/maps").splitlines():
         if "[heap]" in line or line.split()[1].startswith("rw") and len(line.split())==5:
             a,b = (int(x, 16) for x in line.split()[0].split("-"))
             # MADV_COLLAPSE; refused by older kernels, harmless
@@ -440,14 +449,15 @@ def warm_parent(
     if "seal" not in config["off"]: sandbox_seal.freeze()
     filters = {True: isolation.seccomp_filter(), False: isolation.seccomp_filter((), isolation.landlock_abi()>=6)}
     shared = sandbox_evidence.pristine(sys.modules),filters,_streams()
-    sandbox_judge.rehearse(shared[0], config["off"])
+    sandbox_judge.rehearse(shared[0], config["off"]); sandbox_io.rehearse()
     ours = hide()                                              # alive in this frame, and nameless
     gc.collect(); gc.freeze(); gc.disable(); huge_pages()
     if len(_tasks("self"))!=1: return send_frame(sock,
                                                  dict(error="the interpreter has threads after its imports; forking it is unsafe"))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if not config["namespaces"]: isolation.prctl(isolation.SUBREAPER, 1)
-    send_frame(sock, dict(python=sys.version.split()[0], versions={n: v for n,v in found.items() if v},
+    send_frame(sock, dict(python=sys.version.split()[0], magic=importlib.util.MAGIC_NUMBER.hex(),
+                          versions={n: v for n,v in found.items() if v},
                           cold=[n for n in config["imports"] if n not in found]))
     while (got := recv_frame(sock, 1))[0]:
         me = os.getpid()
