@@ -144,6 +144,7 @@ def calibrate(
 )->list[dict]:                # one record a task: task_id, usable, reasons, baseline, missing, mode, …
     "Run every canonical solution and an empty body several times; a broken sandbox raises `SandboxError`."
     if repeats<1: raise ValueError(f"repeats={repeats} must be at least 1; 3 finds most tasks that flicker")
+    if exec_timeout_s<=0: raise ValueError(f"exec_timeout_s={exec_timeout_s} must be positive; 10 is usual")
     missing = missing_libraries(tasks, python or getattr(pool, "python", None))
     def submit(task, solution, k, **kw):
         return pool.submit(f"{compose(task, solution)}# repeat {k}\n", task["test"], timeout=exec_timeout_s,
@@ -212,4 +213,5 @@ def sound_tasks(
     usable = {t["task_id"]:t for t in sound}
     kept = [usable.get(t["task_id"], t) for t in tasks if t["task_id"] in usable or t["task_id"] not in known]
     if n := len(tasks)-len(kept): print(f"{n} of {len(tasks)} tasks left out: {file.name} says why")
+    if n := len(kept)-len(sound): print(f"{n} of {len(tasks)} tasks were never calibrated")
     return kept

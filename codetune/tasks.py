@@ -9,7 +9,7 @@ __all__ = ['select_tasks', 'describe', 'load_tasks', 'convert_bigcodebench', 'co
            'SOURCES', 'hub_rows', 'read_rows', 'to_task']
 
 # %% ../nbs/machinery/tasks.ipynb #c003
-import argparse,hashlib,json,sys
+import argparse,hashlib,json,re,sys
 from collections import Counter
 from pathlib import Path
 
@@ -48,7 +48,9 @@ def _raw(source, path, revision, dataset_type):
         return rows,str(path)
     if source.split(":")[0]=="mini": return _mini(source, dataset_type),source
     if path.is_dir(): raise ValueError(f"{path} is a folder; name the file in it")
-    if source not in (HUB, f"{HUB}-hard"): raise ValueError(f"unknown source {source!r}; there are {SOURCES}")
+    if source not in (HUB, f"{HUB}-hard"):
+        what = "there is no file" if path.suffix else "unknown source"
+        raise ValueError(f"{what} {source!r}; there are {SOURCES}")
     name = f"{HUB}-hard" if dataset_type=="hard" else source
     return hub_rows(name, revision),name
 
@@ -169,6 +171,10 @@ def _parser(prog, text):
     add("--seed", type=int, default=42, help="of the partition and the choice (default: 42)")
     return p
 
+def _words(argv):
+    "Flags as the parser spells them: `-` and `_` are the same in a name."
+    return [re.sub(r"(?<=\w)-", "_", w) if re.fullmatch(r"--[\w-]+", w) else w for w in argv]
+
 def _selection(a):
     "The arguments of `select_tasks` among the words."
     return {n:getattr(a, n) for n in "split max_samples seed dataset_type prompt_type revision".split()}
@@ -182,7 +188,7 @@ def convert_bigcodebench_command(
     p.add_argument("--input", default=HUB, help=f"{SOURCES} (default: {HUB})")
     p.add_argument("--output", default="data/bigcodebench_marft.json",
                    help="JSON file to write (default: data/bigcodebench_marft.json)")
-    a = p.parse_args(argv)
+    a = p.parse_args(_words(argv))
     try: convert_bigcodebench(a.input, a.output, **_selection(a))
     except (ValueError, OSError) as e: print(f"convert-bigcodebench: {e}", file=sys.stderr); return 2
     return 0
@@ -205,7 +211,7 @@ def calibrate_command(
     argv:list[str],  # the words after `codetune calibrate`
 )->int:              # exit status: 0 if at least one task is usable
     "`codetune calibrate TASKS`: which tasks are sound enough to pay rewards, and why not."
-    a = _calibrate_parser().parse_args(argv)
+    a = _calibrate_parser().parse_args(_words(argv))
     from codetune.sandbox import Pool
     path = resolve_path(a.tasks)
     output = resolve_path(a.output) if a.output else calibration_file(path) if path.is_file() else None
