@@ -206,7 +206,8 @@ def test_sft_adapter_is_every_roles_start(tmp_path):
 
 
 @pytest.mark.parametrize("recipe,shrunk", [
-    ("qwen25_coder_duo", dict(num_env_steps=4, episode_length=1, n_rollout_threads=4, use_wandb=False, max_new_tokens=4, eval_tasks=2, gradient_cp_steps=2)),
+    ("qwen25_coder_duo", dict(num_env_steps=4, episode_length=1, n_rollout_threads=4, use_wandb=False, max_new_tokens=4, eval_tasks=2, gradient_cp_steps=2,
+                              tasks_python=None)),  # mini needs no libraries
     ("quickstart_appo", dict(num_env_steps=8, n_rollout_threads=8, max_new_tokens=4, eval_samples=1, eval_tasks=2))])
 def test_recipe_runs_on_a_tiny_model(recipe, shrunk):
     values = load_recipe(recipe)
