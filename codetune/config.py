@@ -220,24 +220,32 @@ def load_recipe(
     return recipe
 
 # %% ../nbs/machinery/config.ipynb #c034
+def _class(module, name):
+    "Source, AST node and module of class `name`, followed through `from ... import`."
+    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name==name: return source,node,module
+        if isinstance(node, ast.ImportFrom) and name in [a.name for a in node.names]:
+            return _class(importlib.util.resolve_name("."*node.level+(node.module or ""), module.rpartition(".")[0]), name)
+    raise ValueError(f"{module} has no class {name}")
+
+def _field(node, source):
+    "One annotated assignment as name, type, default, env and help."
+    default,env = (ast.get_source_segment(source, node.value) if node.value else None),None
+    if default and default.startswith("field("):
+        kw = {k.arg:ast.get_source_segment(source, k.value) for k in node.value.keywords}
+        made = kw.get("default_factory", "").removeprefix("lambda:").strip()
+        default = kw.get("default", {"list":"[]","dict":"{}"}.get(made, made) or None)
+        env = (re.search(r"env[\"']?\s*[=:]\s*[\"'](\w+)", kw.get("metadata", "")) or [None,None])[1]
+    note = source.splitlines()[node.end_lineno-1][node.end_col_offset:].partition("#")[2].strip()
+    return dict(name=node.target.id, type=ast.get_source_segment(source, node.annotation), default=default, env=env, help=note)
+
 def read_fields(
     module:str,    # dotted name, e.g. `codetune.appo`; found but not imported
-    cls:str,       # name of a dataclass in it
+    cls:str,       # name of a dataclass in it, or imported by it
 )->list[dict]:     # name, type and default (source text), env (variable or None), help (the comment)
-    "The fields of a dataclass as its source states them."
-    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    body = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name==cls).body
-    found = []
-    for node in body:
-        if not isinstance(node, ast.AnnAssign): continue
-        default,env = (ast.get_source_segment(source, node.value) if node.value else None),None
-        if default and default.startswith("field("):
-            kw = {k.arg:ast.get_source_segment(source, k.value) for k in node.value.keywords}
-            made = kw.get("default_factory", "").removeprefix("lambda:").strip()
-            default = kw.get("default", {"list":"[]","dict":"{}"}.get(made, made) or None)
-            env = (re.search(r"env[\"']?\s*[=:]\s*[\"'](\w+)", kw.get("metadata", "")) or [None,None])[1]
-        note = lines[node.end_lineno-1][node.end_col_offset:].partition("#")[2].strip()
-        typ = ast.get_source_segment(source, node.annotation)
-        found.append(dict(name=node.target.id, type=typ, default=default, env=env, help=note))
-    return found
+    "The fields of a dataclass and its bases, in order, as their source states them."
+    source,node,home = _class(module, cls)
+    found = [f for base in reversed(node.bases) for f in read_fields(home, base.id)]   # a dataclass takes its last base first
+    return found + [_field(n, source) for n in node.body if isinstance(n, ast.AnnAssign)]

@@ -174,7 +174,7 @@ def gather(
         for tag,rows in found.items():
             if not rows: continue
             if kind=="update": name = update_of(tag, m)
-            elif tag.isdigit() or tag.startswith("heard_")!=(kind=="heard"): name = None
+            elif tag[:1].isdigit() or tag.startswith("heard_")!=(kind=="heard"): name = None
             else: name = ((labels or {}).get(tag) or label_of(tag, m)) + f" ({recipe})"*bool(recipe)
             if name is not None: out.setdefault(name, []).append(rows)
     return out

@@ -8,12 +8,15 @@ __all__ = ['hold_out', 'versus', 'worth', 'numbers', 'evaluate_start', 'evaluate
 
 # %% ../nbs/machinery/progress.ipynb #c003
 import time
+from .alarms import alarms,overfit_alarm
 from .learner import world
 from .passk import Comparison,compare,estimate
-from .session import Session,alarms,all_ranks
+from .session import Session,all_ranks
 from .team_eval import evaluate_team,pass_rates,write_rows
 
 # %% ../nbs/machinery/progress.ipynb #c005
+def _mean(rates): return sum(rates.values())/len(rates)
+
 def hold_out(
     s:Session,
     run,              # Run
@@ -32,7 +35,7 @@ def hold_out(
     if world()>1: rows = sorted(sum(all_ranks(rows), []), key=lambda r: (r["task_id"], r["sample"]))
     if not s.rank: write_rows(run.out/f"eval_{tag}.jsonl", rows)
     rates = pass_rates(rows)
-    if not s.rank: print(f"  {sum(rates.values())/max(1, len(rates)):.3f} passed, {time.perf_counter()-t0:.0f} s", flush=True)
+    if not s.rank: print(f"  {_mean(rates):.3f} passed, {time.perf_counter()-t0:.0f} s", flush=True)
     return rates
 
 # %% ../nbs/machinery/progress.ipynb #c006
@@ -53,12 +56,15 @@ def worth(
     own:dict,         # task_id -> pass rate of the whole team
     prefix:str="",    # of the files' tags
     kinds=("none", "other", "start"), # what is heard instead
-)->dict:              # worth/message_over_<kind> -> Comparison
+)->dict:              # worth/message_over_<kind>, and worth/<role>_over_none of each of several -> Comparison
     "What the messages of agents that do not answer add; nothing for a single agent, or one task per process."
-    if len(s.team.roles)<2: return {}
+    advisers = [p["role"] for p in s.team.profiles if not p["with_answer"]]
+    if not advisers: return {}
+    def over(tag, **kw): return versus(hold_out(s, run, test, pool, f"{prefix}heard_{tag}", **kw), own)
     kinds = [k for k in kinds if k!="other" or len(test)>=2*world()]
-    return {f"worth/message_over_{k}": versus(hold_out(s, run, test, pool, f"{prefix}heard_{k}", heard=k), own)
-            for k in kinds}
+    found = {f"worth/message_over_{k}": over(k, heard=k) for k in kinds}
+    if len(advisers)<2: return found
+    return found | {f"worth/{r}_over_none": over(f"none_{r}", heard="none", of=r) for r in advisers}
 
 def numbers(
     found:dict,   # name -> Comparison or None
@@ -72,13 +78,14 @@ def evaluate_start(s, run, test, pool)->dict:
     "Evaluate the starting point, and the bare base below an SFT adapter where asked."
     if s.cfg.eval_base and s.cfg.init_adapter_path: hold_out(s, run, test, pool, "base", who="base")
     rates = hold_out(s, run, test, pool, "start", who="start")
-    if not s.update: s.best = sum(rates.values())/len(rates)
+    s.start_rate = _mean(rates)
+    if not s.update: s.best = s.start_rate
     return rates
 
 def evaluate_update(s, run, test, pool)->dict:
     "Metrics of an evaluation during training; keeps the best."
     rates = hold_out(s, run, test, pool, f"{s.update:04d}")
-    out = {"eval/pass_rate":sum(rates.values())/len(rates)}
+    out = {"eval/pass_rate":_mean(rates)}
     s.keep_best(run, out["eval/pass_rate"])
     if s.cfg.eval_worth: out |= numbers(worth(s, run, test, pool, rates, f"{s.update:04d}_", ("none", "other")))
     return out
@@ -86,8 +93,10 @@ def evaluate_update(s, run, test, pool)->dict:
 def evaluate_end(s, run, test, pool, start:dict)->dict:
     "Evaluate the trained team, against its start, and what its messages are worth."
     rates = hold_out(s, run, test, pool, "final")
-    s.keep_best(run, sum(rates.values())/len(rates))
+    s.keep_best(run, _mean(rates))
     out = {"eval/after":rates, "eval/gain":versus(start, rates)}
+    out |= {f"alarm/{k}":v for k,v in overfit_alarm(s.log, s.start_rate, _mean(rates)).items()}
+    if not s.rank: print("".join(f"alarm: {v}\n" for k,v in out.items() if k.startswith("alarm/")), end="")
     return out | (worth(s, run, test, pool, rates) if s.cfg.eval_worth else {})
 
 # %% ../nbs/machinery/progress.ipynb #c013
@@ -103,7 +112,7 @@ def report(
     cfg,last = s.cfg,s.update==s.cfg.n_updates
     if cfg.use_eval and cfg.eval_interval and s.update%cfg.eval_interval==0 and not last:
         row |= evaluate_update(s, run, test, pool)
-    for name,said in alarms(s.log, s.team.roles).items():
+    for name,said in alarms(s.log, s.team.roles, s.start_rate).items():
         new = len(s.log)<2 or f"alarm/{name}" not in s.log[-2]
         if new: bar.write(f"alarm after update {s.update}: {said}")
         row[f"alarm/{name}"] = 1
@@ -122,21 +131,26 @@ def is_guard(
     "Whether a metric counts what a guard did."
     return key.startswith("guard/") or key.split("/")[-1] in ("kl_stop", "nonfinite", "ratio", "no_variance")
 
+def _other(key):
+    "What the trained team is compared with under a key of `found`."
+    if key=="eval/gain": return "start"
+    whose,heard = key.removeprefix("worth/").split("_over_")
+    return f"{whose}: {heard}"
+
 def summarise(
     s:Session,
     run,         # Run
     found:dict,  # eval/before and eval/after: pass rates; others: comparisons or None
 )->dict:
     "The numbers of a run, ready for JSON."
-    keys = sorted({k for r in s.log for k in r if is_guard(k)})
+    def totals(keep): return {k:sum(r.get(k, 0) for r in s.log) for k in sorted({k for r in s.log for k in r if keep(k)})}
     out = {"updates":s.update, "env_steps":s.env_steps,
            "reward/first":s.log[0]["reward/mean"] if s.log else None,
            "reward/last":s.log[-1]["reward/mean"] if s.log else None,
-           "guards":{k:sum(r.get(k, 0) for r in s.log) for k in keys}}
+           "guards":totals(is_guard), "alarms":totals(lambda k: k.startswith("alarm/"))}
     for k,v in found.items():
         if k in ("eval/before", "eval/after"): out[k] = estimate(v).to_dict()
-        elif v is not None:
-            other = "start" if k=="eval/gain" else f"message: {k.rsplit('_', 1)[-1]}"
-            out[k] = v.to_dict() | {"sentence":v.sentence(other, "trained team")}
+        elif k.startswith("alarm/"): out["alarms"][k] = out["alarms"].get(k, 0)+1
+        elif v is not None: out[k] = v.to_dict() | {"sentence":v.sentence(_other(k), "trained team")}
     evals = {p.stem:str(p) for p in sorted(run.out.glob("eval_*.jsonl"))}
     return out | {"outputs":{"final":str(run.out/"final"), "checkpoints":str(run.checkpoints), **evals}}

@@ -34,7 +34,9 @@ def _short(name):
 
 def _new_dir(parent, tail):
     "Create and return `parent/run_<n><tail>` with the next free number."
-    parent.mkdir(parents=True, exist_ok=True)
+    try: parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"the run's folder {parent} cannot be made ({e.strerror}); set CODETUNE_RUNS to one that can") from None
     while True:
         taken = [int(m[1]) for p in parent.iterdir() if (m := re.match(r"run_(\d+)", p.name))]
         path = parent/f"run_{max(taken, default=0)+1}{tail}"
@@ -156,7 +158,7 @@ def close(
     if error: self.manifest["error"] = error
     self._save()
     for kind,tracker in self._trackers.items():
-        if kind=="wandb": tracker.finish(exit_code=status!="complete", quiet=True)
+        if kind=="wandb": tracker.finish(exit_code=int(status!="complete"))
         else: tracker.close()
     self._trackers.clear()
     if self in _open: _open.remove(self)
@@ -206,11 +208,10 @@ def _at_exit():
 def _start_wandb(run, cfg):
     "A wandb run in the run directory; offline where no key is at hand."
     import wandb
-    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or wandb.api.api_key):
-        os.environ["WANDB_MODE"] = "offline"
-        print("wandb: no API key, so this run is recorded offline; `wandb sync` uploads it later")
+    keyless = not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False, verify=False)
+    if keyless: print("wandb: no API key, so this run is recorded offline; `wandb sync` uploads it later")
     project,entity = (getattr(cfg, f"wandb_{k}", None) or None for k in ("project","entity"))
-    return wandb.init(project=project or "codetune", entity=entity, dir=str(run.dir),
+    return wandb.init(project=project or "codetune", entity=entity, dir=str(run.dir), mode="offline" if keyless else None,
         name="/".join(run.dir.parts[-4:]), config=run.manifest["parameters"], settings=wandb.Settings(silent=True))
 
 @patch

@@ -29,7 +29,8 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Tasks": "answers task_rows tasks partition calibration observations rewards code_env",
     "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_judge sandbox_evidence sandbox_seal "
     "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
-    "Learning": "team logprobs attention prefix engine rollout ppo learner session team_eval",
+    "Learning": "appo_config team team_store fast_lora logprobs attention prefix engine engine_vllm rollout ppo learner "
+    "session alarms team_eval",
     "Seeing": "passk evaluations plots curves report runs_table chat",
 }
 GUIDES = "bring_your_own_data bring_your_own_tasks add_an_agent change_the_reward troubleshooting".split()
