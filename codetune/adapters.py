@@ -31,7 +31,8 @@ def _settings_file(path):
 def _read_settings(path):
     "What a file of LoRA settings says, empty values left out."
     try: said = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is not JSON ({e}); PEFT's adapter_config.json is wanted") from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON ({e}); PEFT's adapter_config.json is wanted") from e
     kind = said.get("peft_type", "LORA") if isinstance(said, dict) else f"a {type(said).__name__}"
     if kind != "LORA": raise ValueError(f"{path}: peft_type is {kind}; only LORA is trained here")
     return {k: v for k,v in said.items() if v is not None}
@@ -57,7 +58,7 @@ def lora_config(
 def settings_of(
     cfg,            # a LoadConfig of 02, or an SFTConfig of 03
 )->LoraConfig:
-    "The LoRA settings that a configuration asks for: its file's, with its own values instead where it has any."
+    "The LoRA settings that a configuration asks for: its file's, but for the values that it has itself."
     return lora_config(cfg.lora_config_path, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.target_modules)
 
 # %% ../nbs/machinery/adapters.ipynb #c012
@@ -74,9 +75,11 @@ def _check_targets(model, cfg):
     missing = sorted(t for t in targets if not exists(t) and t not in fused)
     missing += sorted(t for t in cfg.target_parameters or [] if t.rsplit(".", 1)[-1] not in params)
     if cfg.lora_dropout and (cfg.target_parameters or fused & set(targets)):
-        raise ValueError("adapters on fused experts take no dropout; set lora_dropout to 0, or target attention only")
+        raise ValueError("adapters on fused experts take no dropout; set lora_dropout to 0, or target "
+                         "attention only")
+    fused_too = f", its fused experts {sorted(params)}" if params else ""
     if missing: raise ValueError(f"LoRA targets {missing} match nothing in this model; its linear layers are "
-                                 f"{sorted(leaves)}" + (f", its fused experts {sorted(params)}" if params else ""))
+                                 f"{sorted(leaves)}{fused_too}")
 
 # %% ../nbs/machinery/adapters.ipynb #c014
 def add_adapter(
@@ -102,7 +105,7 @@ def load_adapter(
     name:str="default",   # of the adapter here
     trainable:bool=True,  # as fp32 copies that training may change
 )->PeftModel:
-    "Put a saved LoRA adapter on the model and make it the active one; keys that find no place raise `ValueError`."
+    "Put a saved LoRA adapter on the model as the active one; keys that find no place raise `ValueError`."
     for f in Path(path).glob("*.safetensors"): read_header(f)
     cfg = LoraConfig.from_pretrained(str(path))
     cfg.inference_mode = not trainable

@@ -24,7 +24,8 @@ def _group(name, module, leaf, p, head):
     if embeds or heads: return " and ".join(g for g,yes in (("embedding",embeds), ("head",heads)) if yes)
     if name.rsplit(".", 1)[-1] in ROUTERS: return "router"
     if "norm" in type(module).__name__.lower(): return "norms"
-    return next((g for g,part in (("experts","expert"), ("attention","attn"), ("mlp","mlp")) if part in name), "other")
+    return next((g for g,part in (("experts","expert"), ("attention","attn"), ("mlp","mlp")) if part in name),
+                "other")
 
 def _format(module, leaf, p):
     "(format, number of weights, bytes) of one parameter, its scales included."
@@ -32,7 +33,8 @@ def _format(module, leaf, p):
         return "nf4", math.prod(module.sizes[leaf]), sum(t.nbytes for t in module.stack(leaf).values())
     if isinstance(p, bnb.nn.Params4bit) and p.quant_state is not None:
         q = p.quant_state
-        scales = sum(t.nbytes for t in (q.absmax, q.offset, getattr(q.state2, "absmax", None)) if t is not None)
+        scales = sum(t.nbytes for t in (q.absmax, q.offset, getattr(q.state2, "absmax", None))
+                     if t is not None)
         return "nf4", math.prod(q.shape), p.nbytes+scales
     return str(p.dtype).removeprefix("torch."), p.numel(), p.nbytes
 
@@ -47,7 +49,8 @@ def parameters(
         for leaf,p in module.named_parameters(recurse=False):
             if id(p) in seen: continue
             seen.add(id(p))
-            yield f"{name}.{leaf}", _group(name, module, leaf, p, head), *_format(module, leaf, p), p.requires_grad
+            group,facts = _group(name, module, leaf, p, head), _format(module, leaf, p)
+            yield f"{name}.{leaf}", group, *facts, p.requires_grad
 
 # %% ../nbs/machinery/audit.ipynb #c008
 def audit(
@@ -66,7 +69,8 @@ def audit_table(
     rows:list[dict],  # from `audit`
 )->str:
     "The audit as text, one line a group, with the sum."
-    total = dict(group="all", format="", trainable=False, **{k: sum(r[k] for r in rows) for k in ("count", "bytes")})
+    total = dict(group="all", format="", trainable=False,
+                 **{k: sum(r[k] for r in rows) for k in ("count", "bytes")})
     def note(r):
         if r["format"] == "nf4" and r["group"] in ENDS: return "  in four bits as asked (head_4bit)"
         return "  trainable" if r["trainable"] else ""
@@ -82,8 +86,10 @@ def require_4bit(
     model:nn.Module,  # loaded as nf4
     head_4bit:bool=False,  # embedding and head must be in four bits too
 ):
-    "Raise `ValueError` unless every tensor over a million weights is in four bits, those of `IN_16_BIT` excepted."
+    "Raise `ValueError` unless every tensor over a million weights, but `IN_16_BIT`, is in four bits."
     spared = [g for g in IN_16_BIT if not (head_4bit and g in ENDS)]
     bad = [(n, c, f) for n,g,f,c,_,_ in parameters(model) if f != "nf4" and c > BIG and g not in spared]
-    if bad: raise ValueError(f"asked for four bits, but {len(bad)} large tensors ({sum(c for _,c,_ in bad)/1e6:.0f} M "
-                             f"weights) are not, first {bad[0][0]} in {bad[0][2]}; load with quant=none if that is meant")
+    size = sum(c for _,c,_ in bad)/1e6
+    if bad: raise ValueError(f"asked for four bits, but {len(bad)} large tensors "
+                             f"({size:.0f} M weights) are not, "
+                             f"first {bad[0][0]} in {bad[0][2]}; load with quant=none if that is meant")

@@ -21,71 +21,120 @@ from .files import atomic_path,write_json
 
 # %% ../nbs/machinery/convert.ipynb #c006
 MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
+_ABOUT = """Raw files of any shape -> clean conversations, and with --tokenize -> ids and loss masks.
+Reads .jsonl .json .csv .tsv .parquet, also .gz .zst, folders recursively."""
+_EXAMPLES = """examples:
+  codetune convert ./raw --tokenize -m embedded
+  codetune convert ./raw -t -m Qwen/Qwen2.5-Coder-1.5B-Instruct --max_len 4096 -o data/train.parquet
+  codetune convert faq.csv --map input=질문,output=답 -s 'You answer in Korean.'
+  codetune convert -input_dir ./raw -output_dir ./raw_converted -merge
 
+exit status: 0 done; 3 done, but some records were rejected (see OUT.rejects.jsonl; --allow-rejects
+makes it 0); 1 failed; 2 wrong flags"""
+
+def _ways(*names): return [w for n in names for w in dict.fromkeys((n, n.replace("_", "-")))]
+
+# %% ../nbs/machinery/convert.ipynb #c007
+def _add_rows(a):
+    "Where rows come from, where they go, and what becomes of them."
+    a("input", nargs="?", help="a data file or a folder of them")
+    a("-o","--output", metavar="OUT",
+      help="file to write, .jsonl or (tokenized) .parquet; default ./processed/sft_train.jsonl")
+    a("-s","--system", default="", metavar="TEXT", help="system prompt for conversations that have none")
+    a("-t","--tokenize", action="store_true",
+      help="write input_ids and label; without it, conversations (ChatML messages)")
+    a("-m","--model", default=MODEL,
+      help="whose tokenizer and chat template: a hub id, a folder, or embedded (default %(default)s)")
+    a(*_ways("--max_len"), type=int, default=2048, metavar="N", help="longest row in tokens (default 2048)")
+    a("--truncation", choices=("drop","right","turns"), default="drop",
+      help="rows that are longer: drop (and report) them, cut right, or drop the last turns")
+    a(*_ways("--train_on"), choices=("all","last"), default="all",
+      help="loss on all assistant turns, or on the last one")
+    a("--map", default="", metavar="OURS=YOURS,...",
+      help="your column names, e.g. input=Q,output=A; ours: system instruction input output messages tools "
+           "history")
+
+# %% ../nbs/machinery/convert.ipynb #c008
+def _add_checks(a):
+    "What is kept out, and how much a run may take."
+    a(*_ways("--near_dup"), action="store_true",
+      help="drop near duplicates too (MinHash; about 4 GB of memory for a million rows)")
+    a(*_ways("--near_dup_threshold"), type=float, default=.8, metavar="J",
+      help="Jaccard index from which rows are near duplicates (default 0.8)")
+    a("--decontaminate", choices=("test","all","none"), default="test",
+      help="drop rows that share ten words in a row with benchmark tasks: of test partitions, of all, of "
+           "none")
+    a(*_ways("--decontaminate_with"), action="append", default=[], metavar="FILE",
+      help="a task file of your own to keep out as well (repeatable)")
+    a(*_ways("--allow_rejects"), action="store_true", help="exit with 0 although records were rejected")
+    a("--workers", type=int, default=0, metavar="N", help="processes; default by the size of the input")
+    a(*_ways("--max_record_mb"), type=float, default=32, metavar="MB",
+      help="refuse longer records (default 32)")
+    a(*_ways("--trust_remote_code"), action="store_true",
+      help="run code that comes with the model's tokenizer")
+
+# %% ../nbs/machinery/convert.ipynb #c009
 def convert_parser(
 )->argparse.ArgumentParser:
     "The flags of `codetune convert`."
-    p = argparse.ArgumentParser(prog="codetune convert", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Raw files of any shape -> clean conversations, and with --tokenize -> ids and loss masks.\n"
-                    "Reads .jsonl .json .csv .tsv .parquet, also .gz .zst, folders recursively.",
-        epilog="examples:\n  codetune convert ./raw --tokenize -m embedded\n  codetune convert ./raw -t -m Qwen/Qwen2.5-Coder-1.5B-Instruct --max_len 4096 -o data/train.parquet\n"
-               "  codetune convert faq.csv --map input=질문,output=답 -s 'You answer in Korean.'\n  codetune convert -input_dir ./raw -output_dir ./raw_converted -merge\n\n"
-               "exit status: 0 done; 3 done, but some records were rejected (see OUT.rejects.jsonl; --allow-rejects makes it 0); 1 failed; 2 wrong flags")
-    a = p.add_argument
-    a("input", nargs="?", help="a data file or a folder of them")
-    a("-o","--output", metavar="OUT", help="file to write, .jsonl or (tokenized) .parquet; default ./processed/sft_train.jsonl")
-    a("-s","--system", default="", metavar="TEXT", help="system prompt for conversations that have none")
-    a("-t","--tokenize", action="store_true", help="write input_ids and label; without it, conversations (ChatML messages)")
-    a("-m","--model", default=MODEL, help="whose tokenizer and chat template: a hub id, a folder, or embedded (default %(default)s)")
-    a("--max_len","--max-len", type=int, default=2048, metavar="N", help="longest row in tokens (default 2048)")
-    a("--truncation", choices=("drop","right","turns"), default="drop", help="rows that are longer: drop (and report) them, cut right, or drop the last turns")
-    a("--train_on","--train-on", choices=("all","last"), default="all", help="loss on all assistant turns, or on the last one")
-    a("--map", default="", metavar="OURS=YOURS,...", help="your column names, e.g. input=Q,output=A; ours: system instruction input output messages tools history")
-    a("--near_dup","--near-dup", action="store_true", help="drop near duplicates too (MinHash; about 4 GB of memory for a million rows)")
-    a("--near_dup_threshold","--near-dup-threshold", type=float, default=.8, metavar="J", help="Jaccard index from which rows are near duplicates (default 0.8)")
-    a("--decontaminate", choices=("test","all","none"), default="test", help="drop rows that share ten words in a row with benchmark tasks: of test partitions, of all, of none")
-    a("--decontaminate_with","--decontaminate-with", action="append", default=[], metavar="FILE", help="a task file of your own to keep out as well (repeatable)")
-    a("--allow_rejects","--allow-rejects", action="store_true", help="exit with 0 although records were rejected")
-    a("--workers", type=int, default=0, metavar="N", help="processes; default by the size of the input")
-    a("--max_record_mb","--max-record-mb", type=float, default=32, metavar="MB", help="refuse longer records (default 32)")
-    a("--trust_remote_code","--trust-remote-code", action="store_true", help="run code that comes with the model's tokenizer")
-    old = p.add_argument_group("old form")
-    old.add_argument("-input_dir","--input_dir", metavar="DIR", help="the same as the first argument")
-    old.add_argument("-output_dir","--output_dir", metavar="DIR", help="write one file for each input file into DIR")
-    old.add_argument("-merge","--merge", action="store_true", help="with -output_dir: one file, DIR/sft_train.jsonl")
+    p = argparse.ArgumentParser(prog="codetune convert", allow_abbrev=False, description=_ABOUT,
+                                epilog=_EXAMPLES,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_rows(p.add_argument)
+    _add_checks(p.add_argument)
+    old = p.add_argument_group("old form").add_argument
+    old("-input_dir","--input_dir", metavar="DIR", help="the same as the first argument")
+    old("-output_dir","--output_dir", metavar="DIR", help="write one file for each input file into DIR")
+    old("-merge","--merge", action="store_true", help="with -output_dir: one file, DIR/sft_train.jsonl")
     return p
 
-# %% ../nbs/machinery/convert.ipynb #c009
+# %% ../nbs/machinery/convert.ipynb #c012
 def _is_ours(path, out):
     "Whether `path` is an earlier output of ours with the name of `out`."
     tail = r"(\.\d+)?(\.rejects(\.\d+)?)?\.(jsonl|parquet)|(\.(jsonl|parquet)\.manifest|\.report)\.json"
-    return path.parent.resolve()==out.parent.resolve() and re.fullmatch(re.escape(out.stem)+f"({tail})", path.name) is not None
+    if path.parent.resolve()!=out.parent.resolve(): return False
+    return re.fullmatch(re.escape(out.stem)+f"({tail})", path.name) is not None
 
-def _plan(args):
-    "Input root, data files, other files, and for each output the files that go into it."
+def _ends(args):
+    "Input root, output folder and output file, absolute; `ValueError` where they are not given once each."
     source = args.input or args.input_dir
-    if not source: raise ValueError("what shall be converted? Give a file or folder: codetune convert ./raw (or -input_dir ./raw)")
-    if args.input and args.input_dir: raise ValueError("give the input once: as first argument or as -input_dir")
+    if not source:
+        raise ValueError("what shall be converted? Give a file or folder: codetune convert ./raw (or "
+                         "-input_dir ./raw)")
+    if args.input and args.input_dir:
+        raise ValueError("give the input once: as first argument or as -input_dir")
     if args.output and args.output_dir: raise ValueError("give the output once: -o FILE or -output_dir DIR")
     root,folder = Path(source).absolute(),Path(args.output_dir or "processed").absolute()
     out = Path(args.output).absolute() if args.output else folder/"sft_train.jsonl"
     if out.is_dir(): out = out/"sft_train.jsonl"
-    if out.suffix.lower() not in (".jsonl",".parquet") or out.suffix.lower()==".parquet" and not args.tokenize:
+    kind = out.suffix.lower()
+    if kind not in (".jsonl",".parquet") or kind==".parquet" and not args.tokenize:
         raise ValueError(f"{out.name}: output is .jsonl, or .parquet with --tokenize")
     if out==root: raise ValueError(f"{out} is the input as well; choose another output")
-    files,other = find_files(root)
-    files = [f for f in files if not _is_ours(f, out)]
-    if args.output_dir and root.is_dir() and folder!=root: files = [f for f in files if folder not in f.parents]
-    if not files: raise ValueError(f"{root} holds nothing but earlier output")
-    if not args.output_dir or args.merge: return root,files,other,{out:files}
+    return root,folder,out
+
+# %% ../nbs/machinery/convert.ipynb #c013
+def _one_each(files, root, folder):
+    "An output in `folder` for each input file; two of one name get their suffix back."
     outs = {}
     for f in files:
         rel = f.relative_to(root) if root.is_dir() else Path(f.name)
         name = folder/rel.parent/(re.sub(r"(?i)\.(gz|zst)$", "", rel.name).rpartition(".")[0]+".jsonl")
         outs[name if name not in outs else folder/rel.parent/f"{rel.name}.jsonl"] = [f]
-    return root,files,other,outs
+    return outs
 
-# %% ../nbs/machinery/convert.ipynb #c011
+def _plan(args):
+    "Input root, data files, other files, and for each output the files that go into it."
+    root,folder,out = _ends(args)
+    files,other = find_files(root)
+    files = [f for f in files if not _is_ours(f, out)]
+    if args.output_dir and root.is_dir() and folder!=root:
+        files = [f for f in files if folder not in f.parents]
+    if not files: raise ValueError(f"{root} holds nothing but earlier output")
+    whole = not args.output_dir or args.merge
+    return root,files,other,{out:files} if whole else _one_each(files, root, folder)
+
+# %% ../nbs/machinery/convert.ipynb #c015
 def _tokenized(report, chatml, out, options):
     "Run 01 over the conversations of `report` and return the report of both."
     manifest = tokenize_files([chatml], [out.name], out, options)
@@ -94,40 +143,56 @@ def _tokenized(report, chatml, out, options):
     moved,files = Counter(),{f["file"]:f for f in report["files"]}
     for line in filter(None, late.split(b"\n")):
         row = json.loads(line); name = row["source"].rpartition(":")[0]
-        files[name]["reasons"][row["reason"]] = files[name]["reasons"].get(row["reason"], 0)+1; moved[name] += 1
+        why = files[name]["reasons"]
+        why[row["reason"]] = why.get(row["reason"], 0)+1
+        moved[name] += 1
     for name,n in moved.items(): files[name]["rows"] -= n; files[name]["rejects"] += n
     n = sum(moved.values())
     report["totals"]["rows"] -= n; report["totals"]["rejects"] += n
-    keys = "model engine max_len truncation train_on tokens labels label_share mean_tokens p95_tokens max_tokens".split()
+    keys = ("model","engine","max_len","truncation","train_on","tokens","labels","label_share","mean_tokens",
+            "p95_tokens","max_tokens")
     final = out.with_suffix(".rejects.jsonl")
     with atomic_path(final) as tmp: tmp.write_bytes(rejects.read_bytes()+late)
     return report | dict(output=str(out), rejects_file=str(final), tokens={k:manifest[k] for k in keys})
 
+# %% ../nbs/machinery/convert.ipynb #c016
+def _options(args, n):
+    "The options of both stages for `n` workers; None for tokenizing where it is not asked."
+    tasks = [Path(f).absolute() for f in args.decontaminate_with]
+    options = make_options(args.system, args.map, args.decontaminate, tasks, args.near_dup,
+                           args.near_dup_threshold, n,
+                           args.max_record_mb)
+    if not args.tokenize: return options,None
+    return options,token_options(args.model, args.max_len, args.truncation, args.train_on, n,
+                                 args.max_record_mb*8,
+                                 trust_remote_code=args.trust_remote_code)
+
+def _convert_into(out, some, names, options, tokens, seen, near):
+    "One output file from some input files; its report."
+    if not tokens: return convert_files(some, names, out, options, seen, near)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=out.parent) as tmp:
+        chatml = Path(tmp)/"chatml.jsonl"
+        return _tokenized(convert_files(some, names, chatml, options, seen, near), chatml, out, tokens)
+
+# %% ../nbs/machinery/convert.ipynb #c017
 def convert_all(
     args:argparse.Namespace,  # from `convert_parser`
 )->dict:                      # the report
     "Convert, and tokenize where asked; write the report beside the output."
     root,files,other,outs = _plan(args)
-    n = n_workers(args.workers, files)
-    tokens = token_options(args.model, args.max_len, args.truncation, args.train_on, n, args.max_record_mb*8, trust_remote_code=args.trust_remote_code) if args.tokenize else None
-    options = make_options(args.system, args.map, args.decontaminate, [Path(f).absolute() for f in args.decontaminate_with], args.near_dup, args.near_dup_threshold, n, args.max_record_mb)
+    options,tokens = _options(args, n_workers(args.workers, files))
     seen,near,reports = Seen(),NearIndex(args.near_dup_threshold) if args.near_dup else None,[]
     for out,some in outs.items():
         names = [str(f.relative_to(root)) if root.is_dir() else f.name for f in some]
-        if not tokens: report = convert_files(some, names, out, options, seen, near)
-        else:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".convert-", dir=out.parent) as tmp:
-                chatml = Path(tmp)/"chatml.jsonl"
-                report = _tokenized(convert_files(some, names, chatml, options, seen, near), chatml, out, tokens)
-        reports.append(report)
+        reports.append(_convert_into(out, some, names, options, tokens, seen, near))
     report = merge_reports(reports) | dict(not_read=[str(p.relative_to(root)) for p in other])
     t = report["totals"]
     assert t["records"]==t["rows"]+t["duplicates"]+t["contaminated"]+t["rejects"], t
     write_json(next(iter(outs)).with_suffix(".report.json"), report)
     return report
 
-# %% ../nbs/machinery/convert.ipynb #c012
+# %% ../nbs/machinery/convert.ipynb #c018
 def convert_command(
     argv:list[str]|None=None,  # arguments; None takes the command line's
 )->int:                        # exit status
@@ -138,9 +203,13 @@ def convert_command(
     t = report["totals"]
     print(report_text(report))
     if report["not_read"]: print(f"not read: {', '.join(report['not_read'][:10])}")
-    if k := report.get("tokens"): print(f"{k['tokens']} tokens, {k['label_share']:.0%} of them trained; mean {k['mean_tokens']}, 95 % up to {k['p95_tokens']}, longest {k['max_tokens']} (max_len {k['max_len']})")
+    if k := report.get("tokens"):
+        print("{tokens} tokens, {label_share:.0%} of them trained; mean {mean_tokens}, 95 % up to "
+              "{p95_tokens}, "
+              "longest {max_tokens} (max_len {max_len})".format(**k))
     print(f"written: {', '.join(map(_short, report.get('outputs') or [report['output']]))}")
-    if t["rejects"]: print(f"{t['rejects']} rejected, with reasons: {_short(report['rejects_file'])}"+("" if args.allow_rejects else " (exit status 3; --allow-rejects makes it 0)"))
+    status = "" if args.allow_rejects else " (exit status 3; --allow-rejects makes it 0)"
+    if t["rejects"]: print(f"{t['rejects']} rejected, with reasons: {_short(report['rejects_file'])}{status}")
     if not t["rows"]: print("codetune convert: no row could be used", file=sys.stderr)
     return 3 if t["rejects"] and not args.allow_rejects else 0 if t["rows"] else 1
 

@@ -16,14 +16,19 @@ import orjson
 class FileStats:
     "Counts of one input file."
     def __init__(self, name):
-        self.name,self.counts,self.shapes,self.reasons,self.lengths = name.encode(errors="replace").decode(),Counter(),Counter(),Counter(),array("I")
+        self.name,self.lengths = name.encode(errors="replace").decode(),array("I")
+        self.counts,self.shapes,self.reasons = Counter(),Counter(),Counter()
 
     def as_dict(self):
         c,n = self.counts,sorted(self.lengths)
-        refused = next(iter(self.reasons)) if c["reject"]==sum(c.values())>0 and len(self.reasons)==1 and self.no_answer else None
-        return dict(file=self.name, records=sum(c.values()), shapes=dict(self.shapes), rows=c["row"], duplicates=c["duplicate"],
-                    contaminated=c["contaminated"], rejects=c["reject"], refused=refused, reasons=dict(self.reasons.most_common(10)),
-                    mean_chars=round(sum(n)/len(n), 1) if n else 0, p95_chars=n[-(-95*len(n)//100)-1] if n else 0)
+        useless = self.no_answer and c["reject"]==sum(c.values())>0 and len(self.reasons)==1
+        refused = next(iter(self.reasons)) if useless else None
+        return dict(file=self.name, records=sum(c.values()), shapes=dict(self.shapes), rows=c["row"],
+                    duplicates=c["duplicate"],
+                    contaminated=c["contaminated"], rejects=c["reject"], refused=refused,
+                    reasons=dict(self.reasons.most_common(10)),
+                    mean_chars=round(sum(n)/len(n), 1) if n else 0, p95_chars=n[-(-95*len(n)//100)-1] if n
+                    else 0)
     no_answer = False
 
     def count(self, kind, text, length):
@@ -45,9 +50,12 @@ def make_report(stats, samples, out, rejects, options):
     assert totals["records"]==sum(totals[k] for k in _sums[1:]), totals
     lengths = sorted(n for s in stats for n in s.lengths)
     index = options["index"]
-    return dict(totals=totals, output=str(out), rejects_file=str(rejects), files=files, samples=[orjson.loads(b) for b in samples.values()],
-                decontamination=dict(mode=options["decontaminate"], tasks=index.n_tasks if index else 0, sources=index.sources if index else {}),
-                histogram=_histogram(lengths), mean_chars=round(sum(lengths)/len(lengths), 1) if lengths else 0,
+    return dict(totals=totals, output=str(out), rejects_file=str(rejects), files=files,
+                samples=[orjson.loads(b) for b in samples.values()],
+                decontamination=dict(mode=options["decontaminate"], tasks=index.n_tasks if index else 0,
+                                     sources=index.sources if index else {}),
+                histogram=_histogram(lengths), mean_chars=round(sum(lengths)/len(lengths), 1) if lengths
+                else 0,
                 p95_chars=lengths[-(-95*len(lengths)//100)-1] if lengths else 0)
 
 def _histogram(lengths):
@@ -65,21 +73,34 @@ def merge_reports(
     counts = Counter()
     for r in reports: counts.update(dict(r["histogram"]))
     n = max(1, sum(r["totals"]["rows"] for r in reports))
-    return first | dict(totals={k:sum(r["totals"][k] for r in reports) for k in _sums}, files=[f for r in reports for f in r["files"]],
-                        samples=[s for r in reports for s in r["samples"]][:3], histogram=sorted(counts.items()), outputs=[r["output"] for r in reports],
-                        mean_chars=round(sum(r["mean_chars"]*r["totals"]["rows"] for r in reports)/n, 1), p95_chars=max(r["p95_chars"] for r in reports))
+    return first | dict(
+        totals={k:sum(r["totals"][k] for r in reports) for k in _sums},
+        files=[f for r in reports for f in r["files"]],
+        samples=[s for r in reports for s in r["samples"]][:3],
+        histogram=sorted(counts.items()), outputs=[r["output"] for r in reports],
+        mean_chars=round(sum(r["mean_chars"]*r["totals"]["rows"] for r in reports)/n, 1),
+        p95_chars=max(r["p95_chars"] for r in reports))
 
+# %% ../nbs/machinery/data_report.ipynb #c010
 _heads = ("file","records","shape","rows","duplicates","contaminated","rejects","mean","p95")
 
 def _cells(f):
     "A file's line of the table."
-    return (f["file"], f["records"], ", ".join(f["shapes"]) or "-", f["rows"], f["duplicates"], f["contaminated"], f["rejects"], f["mean_chars"], f["p95_chars"])
+    return (f["file"], f["records"], ", ".join(f["shapes"]) or "-", f["rows"], f["duplicates"],
+            f["contaminated"], f["rejects"], f["mean_chars"], f["p95_chars"])
 
 def sum_line(
     t:dict,  # totals
 )->str:
     "The sum that must add up, as a sentence."
-    return (f"{t['records']} records in = {t['rows']} rows out + {t['duplicates']} duplicates + {t['contaminated']} contaminated + {t['rejects']} rejects")
+    return (f"{t['records']} records in = {t['rows']} rows out + {t['duplicates']} duplicates + "
+            f"{t['contaminated']} contaminated + {t['rejects']} rejects")
+
+# %% ../nbs/machinery/data_report.ipynb #c011
+def _covers(d):
+    "What was looked for, by benchmark."
+    if not d["tasks"]: return "no tasks"
+    return f"{d['tasks']} tasks ({', '.join(f'{k} {n}' for k,n in d['sources'].items())})"
 
 def report_text(
     report:dict,  # from `convert_files`
@@ -87,15 +108,15 @@ def report_text(
     "The report for a terminal."
     table = [_heads]+[tuple(map(str, _cells(f))) for f in report["files"]]
     wide = [max(len(r[i]) for r in table) for i in range(len(_heads))]
-    lines = ["  ".join(c.ljust(w) if i in (0,2) else c.rjust(w) for i,(c,w) in enumerate(zip(r, wide))) for r in table]
+    lines = ["  ".join(c.ljust(w) if i in (0,2) else c.rjust(w) for i,(c,w) in enumerate(zip(r, wide)))
+             for r in table]
     for f in report["files"]:
         if f["refused"]: lines.append(f"refused: {f['file']}: {f['refused']}")
         else: lines += [f"  {n} x {f['file']}: {why}" for why,n in list(f["reasons"].items())[:3]]
-    d = report["decontamination"]
-    covers = f"{d['tasks']} tasks ({', '.join(f'{k} {n}' for k,n in d['sources'].items())})" if d["tasks"] else "no tasks"
-    return "\n".join([*lines, f"looked for {covers}; lengths are characters", sum_line(report["totals"])])
+    looked = f"looked for {_covers(report['decontamination'])}; lengths are characters"
+    return "\n".join([*lines, looked, sum_line(report["totals"])])
 
-# %% ../nbs/machinery/data_report.ipynb #c009
+# %% ../nbs/machinery/data_report.ipynb #c012
 def report_html(
     report:dict,  # from `convert_files`
 )->str:
@@ -103,6 +124,8 @@ def report_html(
     from html import escape
     row = lambda cells, tag: "<tr>"+"".join(f"<{tag}>{c}</{tag}>" for c in cells)+"</tr>"
     red = lambda n: f'<b style="color:#c00">{n}</b>' if n else n
-    body = "".join(row([escape(c) if isinstance(c, str) else red(c) if i==6 else c for i,c in enumerate(_cells(f))], "td") for f in report["files"])
-    why = "".join(f'<li style="color:#c00">{escape(f["file"])}: {escape(r)} ({n})</li>' for f in report["files"] for r,n in list(f["reasons"].items())[:3])
+    body = "".join(row([escape(c) if isinstance(c, str) else red(c) if i==6 else c for i,
+                        c in enumerate(_cells(f))], "td") for f in report["files"])
+    why = "".join(f'<li style="color:#c00">{escape(f["file"])}: {escape(r)} ({n})</li>'
+                  for f in report["files"] for r,n in list(f["reasons"].items())[:3])
     return f"<table>{row(_heads, 'th')}{body}</table><ul>{why}</ul><p><b>{sum_line(report['totals'])}</b></p>"

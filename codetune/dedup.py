@@ -47,15 +47,18 @@ class Seen:
         old,size = self._slots,2*(self._mask+1)
         self._mask,self._slots = size-1,array("Q", bytes(16*size))
         for j in range(0, len(old), 2):
-            if old[j] or old[j+1]: i = self._place(old[j], old[j+1]); self._slots[i],self._slots[i+1] = old[j],old[j+1]
+            if not (old[j] or old[j+1]): continue
+            i = self._place(old[j], old[j+1])
+            self._slots[i],self._slots[i+1] = old[j],old[j+1]
 
+# %% ../nbs/machinery/dedup.ipynb #c007
 def digest(
     data:bytes,  # canonical bytes of a conversation
 )->bytes:        # 16 bytes
     "The 128-bit hash of a row."
     return blake2b(data, digest_size=16).digest()
 
-# %% ../nbs/machinery/dedup.ipynb #c009
+# %% ../nbs/machinery/dedup.ipynb #c010
 _word = re.compile(r"\w+")
 
 def words(
@@ -78,6 +81,7 @@ def signature(
     m.update_batch(sorted(shingles))
     return m.hashvalues
 
+# %% ../nbs/machinery/dedup.ipynb #c011
 class NearIndex:
     "Rows seen so far, to find near duplicates of the next one."
     def __init__(self,
@@ -96,7 +100,7 @@ class NearIndex:
         self.lsh.insert(len(self.rows), m); self.rows.append(sig)
         return True
 
-# %% ../nbs/machinery/dedup.ipynb #c012
+# %% ../nbs/machinery/dedup.ipynb #c014
 N = 10  # words in a run
 _intro = re.compile(r"The function should output with:|You should write self-contained code starting with:")
 
@@ -108,7 +112,8 @@ def task_runs(
     task:dict,  # a BigCodeBench row
 )->dict:        # hash of each telling run to its words
     "The ten-word runs of a task's prompts and test."
-    parts = _intro.split(task.get("instruct_prompt") or "")+[task.get("complete_prompt") or "", task.get("test") or ""]
+    def part(name): return task.get(name) or ""
+    parts = [*_intro.split(part("instruct_prompt")), part("complete_prompt"), part("test")]
     runs = (w[i:i+N] for w in map(words, parts) for i in range(len(w)-N+1))
     return {_gram(r):r for r in runs if _tells(r)}
 
@@ -122,7 +127,7 @@ def description(
     w = w if len(w)>=6 else words(prompt)
     return " ".join(w) if len(w)>=6 else ""
 
-# %% ../nbs/machinery/dedup.ipynb #c013
+# %% ../nbs/machinery/dedup.ipynb #c015
 class TaskIndex:
     "Runs of benchmark tasks, to be looked for in training text."
     def __init__(self): self.grams,self.phrases,self.names,self.words,self.sources = {},{},[],set(),{}
@@ -139,13 +144,15 @@ class TaskIndex:
             self.names.append(str(task.get("task_id")))
             if (d := description(task)) and d not in open_: self.phrases.setdefault(d, len(self.names)-1)
             for g,w in found.items():
-                if shared[g]<3: self.grams.setdefault(g, len(self.names)-1); self.words.update(crc32(x.encode()) for x in w)
+                if shared[g]>=3: continue
+                self.grams.setdefault(g, len(self.names)-1)
+                self.words.update(crc32(x.encode()) for x in w)
         self.sources[source] = self.sources.get(source, 0)+len(tasks)
 
     @property
     def n_tasks(self): return sum(self.sources.values())
 
-# %% ../nbs/machinery/dedup.ipynb #c015
+# %% ../nbs/machinery/dedup.ipynb #c017
 class Contamination:
     "Look for the runs of a TaskIndex in texts."
     def __init__(self,
@@ -172,7 +179,7 @@ class Contamination:
         line = f" {' '.join(w)} " if self.index.phrases else ""
         return next((self.index.names[t] for d,t in self.index.phrases.items() if f" {d} " in line), None)
 
-# %% ../nbs/machinery/dedup.ipynb #c018
+# %% ../nbs/machinery/dedup.ipynb #c020
 def save_index(
     index:TaskIndex,
     path:str|Path,    # one JSON line, then three arrays of little-endian integers
@@ -190,28 +197,33 @@ def load_index(
     "Add a saved index."
     line,_,data = Path(path).read_bytes().partition(b"\n")
     head = json.loads(line)
-    if head["n"]!=N: raise ValueError(f"{path} was built for runs of {head['n']} words, this is {N}; build it again")
+    if head["n"]!=N:
+        raise ValueError(f"{path} was built for runs of {head['n']} words, this is {N}; build it again")
     g,t,w = array("Q"),array("H"),array("I"); a,b = 8*head["grams"],10*head["grams"]
     g.frombytes(data[:a]); t.frombytes(data[a:b]); w.frombytes(data[b:])
     into.grams.update((x, len(into.names)+y) for x,y in zip(g, t) if x not in into.grams)
     into.names += head["names"]; into.words.update(w)
     for k,v in head["sources"].items(): into.sources[k] = into.sources.get(k, 0)+v
 
+# %% ../nbs/machinery/dedup.ipynb #c021
 def _read_tasks(path):
     "Rows of a task file: a JSON array or one row a line."
     text = Path(path).read_text(encoding="utf-8")
-    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
+    if text.lstrip().startswith("["): return json.loads(text)
+    return [json.loads(x) for x in text.split("\n") if x.strip()]
 
 def benchmark_index(
     mode:str="test",        # test: test partitions; all: whole benchmarks; none: nothing
     files:tuple[str,...]=(),# task files of your own, covered whole
 )->TaskIndex|None:          # None where nothing is to be looked for
     "The index of everything that training must not see."
-    if mode not in ("test","all","none"): raise ValueError(f"decontaminate={mode!r}; expected test, all or none")
+    if mode not in ("test","all","none"):
+        raise ValueError(f"decontaminate={mode!r}; expected test, all or none")
     if mode=="none": return None
     from codetune.tasks import select_tasks
     index = TaskIndex()
     load_index(asset("decontam", "humaneval.bin"), index)
-    index.add_tasks(select_tasks("mini", split=mode)[0], "mini", select_tasks("mini", split="train")[0] if mode=="test" else ())
+    index.add_tasks(select_tasks("mini", split=mode)[0], "mini", select_tasks("mini", split="train")[0]
+                    if mode=="test" else ())
     for f in files: index.add_tasks(_read_tasks(f), Path(f).name)
     return index

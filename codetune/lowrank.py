@@ -29,7 +29,8 @@ class _Wide(torch.autograd.Function):
 class LeanLinear(nn.Linear):
     "A `lora_A` that takes the layer's input as it is."
     def forward(self, x):
-        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type): return F.linear(x, self.weight)
+        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.weight)
         return _Wide.apply(x, self.weight)
 
 # %% ../nbs/machinery/lowrank.ipynb #c009
@@ -38,7 +39,8 @@ def keep_inputs_once(
 )->nn.Module:         # the same model
     "Let every plain LoRA layer keep its input in the model's own format; repeated calls change nothing."
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
-        if layer.lora_variant or not all(type(a) in (nn.Linear, LeanLinear) for a in layer.lora_A.values()): continue
+        if layer.lora_variant or not all(type(a) in (nn.Linear, LeanLinear) for a in layer.lora_A.values()):
+            continue
         if not isinstance(layer.get_base_layer(), nn.Linear): continue
         layer.cast_input_dtype_enabled = False
         for a in layer.lora_A.values(): a.__class__ = LeanLinear

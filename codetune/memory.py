@@ -26,13 +26,15 @@ def model_config(
     trust_remote_code:bool=False,
 ):                                 # transformers configuration
     "A model's configuration, without its weights."
-    if str(name) in SHIPPED: return AutoConfig.for_model(**json.loads(asset("configs", f"{name}.json").read_text()))
+    if str(name) in SHIPPED:
+        return AutoConfig.for_model(**json.loads(asset("configs", f"{name}.json").read_text()))
     return AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
 
 def _empty(cfg, trust_remote_code=False):
     "The model on the meta device."
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(cfg, dtype=torch.bfloat16,
+                                                trust_remote_code=trust_remote_code)
 
 def count_parameters(
     cfg,                           # transformers configuration
@@ -49,7 +51,8 @@ def _adapters(cfg, lora, trust_remote_code=False):
     pairs = [(n, m.weight.shape) for n,m in model.named_modules() if ".lora_A." in n]
     total = sum(p.numel() for n,p in model.named_parameters() if "lora_" in n)
     experts = getattr(cfg, "num_experts", 1)
-    layer = [(n.split(".lora_A.")[0].rsplit(".", 1)[-1], inp, out//experts if "experts" in n else out, "experts" in n)
+    layer = [(n.split(".lora_A.")[0].rsplit(".", 1)[-1], inp, out//experts if "experts" in n else out,
+              "experts" in n)
              for n,(out,inp) in pairs if ".layers.0." in n]
     return total,layer
 
@@ -92,7 +95,8 @@ def activation_bytes(
 NF4_BYTES = 1/2 + 1/64 + 4/(64*256)  # codes, first scales, second scales
 PLAIN_BYTES = 1/2 + 4/64             # codes and fp32 scales, for an embedding in four bits
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
-_STATE = dict(adamw=2, adamw_8bit=.5, sgd=0)  # numbers kept for each trained one; 8 bits are a quarter of fp32
+_STATE = dict(adamw=2, adamw_8bit=.5,
+              sgd=0)  # numbers kept for each trained one; 8 bits are a quarter of fp32
 
 def _optimizer(optim, count, c):
     "Bytes of the optimizer's state for `count` trained numbers of `c` bytes."
@@ -116,14 +120,27 @@ def _workspace(cfg, method, c, device, head_4bit):
 
 # %% ../nbs/machinery/memory.ipynb #c018
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads",
+          "vocab_size")
 
 def _known(cfg):
     "The configuration, if it states the sizes that the formulas need."
     if lacks := [k for k in _SIZES if not hasattr(cfg, k)]:
-        raise ValueError(f"the memory estimate is for models laid out like Llama and Qwen; {cfg.model_type} states no {lacks[0]}")
+        raise ValueError(f"the memory estimate is for models laid out like Llama and Qwen; {cfg.model_type} "
+                         f"states no {lacks[0]}")
     return cfg
 
+def _kept(cfg, T, layer, n_lora, c, device, checkpointing):
+    "Activations of `T` tokens in all layers: one layer's and the layers' inputs where they are recomputed."
+    one,L = T*activation_bytes(cfg, layer, c, device), cfg.num_hidden_layers
+    on_experts = any(e for *_,e in layer)  # whose factors the forward reads as copies
+    copies = (4 if device == "cpu" else c)*n_lora/L if on_experts else 0
+    inner = getattr(cfg, "num_experts_per_tok", 1)*getattr(cfg, "moe_intermediate_size", 0)
+    wide = 4*T*max(cfg.hidden_size, inner or cfg.intermediate_size)
+    return wide + (L*T*c*cfg.hidden_size + one + copies if checkpointing else L*(one+copies))
+
+# %% ../nbs/machinery/memory.ipynb #c019
 def estimate_memory(
     model,                              # a name as for `model_config`, or a transformers configuration
     method:str="qlora",                 # qlora, lora or full
@@ -140,29 +157,27 @@ def estimate_memory(
     trust_remote_code:bool=False,       # run code that comes with the model
 )->dict[str,float]:                     # part -> bytes, and total
     "Memory of training, part by part, from the configuration alone."
-    if method not in ("qlora", "lora", "full"): raise ValueError(f"method={method!r}; expected qlora, lora or full")
+    if method not in ("qlora", "lora", "full"):
+        raise ValueError(f"method={method!r}; expected qlora, lora or full")
     cfg = _known(model_config(model, trust_remote_code) if isinstance(model, (str, Path)) else model)
     c,T,counts = 4 if dtype == "fp32" else 2, max_len*batch, count_parameters(cfg, trust_remote_code)
     c_base = 2 if dtype == "bf16" else 4
     lora = deepcopy(lora) or LoraConfig(r=8, task_type="CAUSAL_LM", target_modules=list(_ATTENTION))
     n_lora,layer = (0, []) if method == "full" else _adapters(cfg, lora, trust_remote_code)
     trained,c_trained = (sum(counts.values()), c_base) if method == "full" else (n_lora, 4)
-    one,L = T*activation_bytes(cfg, layer, c, device), cfg.num_hidden_layers
-    on_experts = any(e for *_,e in layer)  # whose factors the forward reads as copies
-    copies = (4 if device == "cpu" else c)*n_lora/L if on_experts else 0
-    inner = getattr(cfg, "num_experts_per_tok", 1)*getattr(cfg, "moe_intermediate_size", 0) or cfg.intermediate_size
-    wide = max(cfg.hidden_size, inner)
-    activations = L*T*c*cfg.hidden_size + one + copies if gradient_checkpointing else L*(one+copies)
-    activations += 4*T*wide
-    logits,workspace = 10*min(logit_chunk or T, T)*cfg.vocab_size, _workspace(cfg, method, c, device, head_4bit)
+    activations = _kept(cfg, T, layer, n_lora, c, device, gradient_checkpointing)
+    logits = 10*min(logit_chunk or T, T)*cfg.vocab_size
+    workspace = _workspace(cfg, method, c, device, head_4bit)
     if dtype == "mixed": workspace += c*sum(counts.values())  # autocast's copies of the weights
     gradients = c_trained*trained
-    if not accumulate: gradients = max(0, gradients-activations-logits-workspace)  # they come as the others go
-    parts = (_weights(counts, method, c_base, head_4bit), 4*n_lora, gradients, _optimizer(optim, trained, c_trained),
+    if not accumulate:
+        gradients = max(0, gradients-activations-logits-workspace)  # they come as the others go
+    parts = (_weights(counts, method, c_base, head_4bit), 4*n_lora, gradients,
+             _optimizer(optim, trained, c_trained),
              activations, logits, workspace)
     return {**dict(zip(PARTS, map(float, parts))), "total": float(sum(parts))}
 
-# %% ../nbs/machinery/memory.ipynb #c022
+# %% ../nbs/machinery/memory.ipynb #c023
 GUIDE_GB = {"qwen2.5-7b": dict(qlora=8, lora=16, full=60), "qwen3-30b-a3b": dict(qlora=18, lora=35, full=220)}
 
 def memory_table(
@@ -176,7 +191,7 @@ def memory_table(
                             + (f"{guide[k]:>8g}" if k in guide else ""))
     return "\n".join([head, *(line(k, e) for k,e in rows.items())])
 
-# %% ../nbs/machinery/memory.ipynb #c023
+# %% ../nbs/machinery/memory.ipynb #c024
 def plot_memory(
     rows:dict[str,dict],            # label -> estimate
     guide:dict[str,float]|None=None,  # label -> GB, drawn as a line on its bar
@@ -192,7 +207,8 @@ def plot_memory(
         left = [a+b for a,b in zip(left, width)]
     for i,k in enumerate(rows):
         ax.text(left[i], i, f" {left[i]:.1f}", va="center", fontsize=8)
-        if k in (guide or {}): ax.plot([guide[k]]*2, [i-.4, i+.4], "k", lw=2, label=None if i else "user's guide")
+        if k in (guide or {}): ax.plot([guide[k]]*2, [i-.4, i+.4], "k", lw=2, label=None if i
+                                       else "user's guide")
     ax.set(xlabel="memory (GB)", xlim=(0, 1.12*max(*left, *(guide or {}).values(), 0)))
     ax.invert_yaxis()
     ax.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(.5, -.12 if len(rows) > 4 else -.25))

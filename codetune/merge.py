@@ -98,7 +98,8 @@ def merge_adapter(
     (files, entries), (cfg, weights) = weight_files(base), read_adapter(adapter)
     shapes = {n: tuple(e["shape"]) for n,e in entries.items()}
     deltas, whole = plan_merge(cfg, weights, shapes, "lm_head.weight" not in entries)
-    check_disk(Path(output).parent, sum(f.stat().st_size for f in files), "the merged model", "set output_path to another disk")
+    check_disk(Path(output).parent, sum(f.stat().st_size for f in files), "the merged model",
+               "set output_path to another disk")
     rounded = four_bit_names(AutoConfig.from_pretrained(base), head_4bit) if dequantized else {}
     with atomic_dir(output) as out:
         for f in files: merge_file(f, out/f.name, deltas, whole, rounded)
@@ -122,7 +123,8 @@ def _require_own(adapter, name, base, other_base):
     "Refuse an adapter of another base, or only say so where `other_base` asks for it."
     why = stranger(adapter, name, base)
     if why and not other_base:
-        raise ValueError(f"{why}; give the base that it was trained on, or set other_base to merge all the same")
+        raise ValueError(f"{why}; give the base that it was trained on, or set "
+                         "other_base to merge all the same")
     if why: print(f"warning: {why}")
 
 # %% ../nbs/06_merge.ipynb #c022
@@ -137,11 +139,13 @@ def adapters_in(
         return {"": path}
     found = {p.parent.name: p.parent for p in sorted(path.glob("*/adapter_config.json"))}
     if not found:
-        raise ValueError(f"no adapter_config.json in {path}; adapter_path is the adapter/ of 03_sft or a team checkpoint")
+        raise ValueError(f"no adapter_config.json in {path}; adapter_path is the adapter/ of 03_sft or a "
+                         "team checkpoint")
     if role == "all": return found
     if not role and len(found) == 1: role = next(iter(found))
     if role not in found:
-        raise ValueError(f"{path} holds the roles {', '.join(found)}; set role to one of them or to all, not {role!r}")
+        raise ValueError(f"{path} holds the roles {', '.join(found)}; set role to one of them "
+                         f"or to all, not {role!r}")
     return {"": found[role]}
 
 # %% ../nbs/06_merge.ipynb #c025
@@ -166,10 +170,12 @@ def _verified(base, adapter, out, cfg, was):
     except ValueError as e:
         refused = out.rename(out.with_name(f"{out.name}.refused-{time.time_ns()}"))
         raise ValueError(f"{e}; it lies in {refused}") from e
-    print("{kl_merged:.1e} nats a token from base plus adapter, which is {kl_base:.1e} from the base".format(**row))
+    print("{kl_merged:.1e} nats a token from base plus adapter, "
+          "which is {kl_base:.1e} from the base".format(**row))
     if "kl_nf4" in row: print(bases_report(row, cfg.dequantized))
     return row
 
+# %% ../nbs/06_merge.ipynb #c027
 def _merge_one(base, adapter, out, cfg):
     "Merge one adapter, say what was done, and verify it."
     was = trained_base(adapter, cfg.trained_on)
@@ -178,6 +184,7 @@ def _merge_one(base, adapter, out, cfg):
           "all {adapter_tensors} adapter tensors used".format(out.name, **row))
     return row | (_verified(base, adapter, out, cfg, was) if cfg.verify else {})
 
+# %% ../nbs/06_merge.ipynb #c028
 def merge(
     cfg:MergeConfig,
     run:Run,
@@ -187,8 +194,9 @@ def merge(
     final = resolve_path(cfg.output_path) if cfg.output_path else run.out/"merged"
     source = resolve_path(given) if given else demo_adapter(base, run.dir/"adapter", cfg.seed)
     found = adapters_in(source, cfg.role)
-    for role,folder in found.items():                 # all that can be refused is refused before the first is merged
-        if (final/role).exists(): raise FileExistsError(f"{final/role} exists already; choose another output_path")
+    for role,folder in found.items():                 # what can be refused is refused before the first merge
+        if (final/role).exists():
+            raise FileExistsError(f"{final/role} exists already; choose another output_path")
         _require_own(folder, cfg.base_model_path, base, cfg.other_base)
     summary = {}
     for role,folder in found.items():

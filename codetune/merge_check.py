@@ -22,7 +22,8 @@ def _logprobs(model, ids):
 
 def _with_adapter(base, adapter, ids, quant, head_4bit, trust_remote_code):
     "Log-probabilities of a base, and of the base with an adapter."
-    model = load_base(base, quant=quant, trust_remote_code=trust_remote_code, head_4bit=head_4bit and quant == "nf4")
+    model = load_base(base, quant=quant, trust_remote_code=trust_remote_code, head_4bit=head_4bit
+                      and quant == "nf4")
     bare = _logprobs(model, ids)
     return bare, _logprobs(load_adapter(model, adapter, trainable=False).eval(), ids)
 
@@ -45,7 +46,8 @@ def verify_merge(
     "Compare merged weights with base plus adapter on a prompt; too large a difference raises."
     tok = load_tokenizer(base, trust_remote_code)
     ask = [dict(role="user", content=prompt)]
-    ids = tok.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    ids = tok.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt",
+                                  return_dict=True)["input_ids"]
     got = _logprobs(load_base(merged, quant="none", trust_remote_code=trust_remote_code), ids)
     found = {}
     for quant in ("nf4", "none")[::1 if dequantized else -1][:1 + both]:
@@ -53,7 +55,8 @@ def verify_merge(
         if not found: found = _apart(want, got, "merged") | {"kl_base": _apart(want, bare, "base")["kl_base"]}
         if both: found |= _apart(want, got, "nf4" if quant == "nf4" else "16bit")
     if not found["kl_merged"] <= max(.02, .1*found["kl_base"]):
-        raise ValueError("the merged model differs from base plus adapter by {kl_merged:.3g} nats a token (the adapter "
+        raise ValueError("the merged model differs from base plus adapter by {kl_merged:.3g} nats a token "
+                         "(the adapter "
                          "itself makes {kl_base:.3g})".format(**found) + f"; do not use {Path(merged).name}")
     return found
 

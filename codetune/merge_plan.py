@@ -54,7 +54,8 @@ def scaling(
     r = cfg.rank_pattern.get(get_pattern_key(cfg.rank_pattern.keys(), module), cfg.r)
     alpha = cfg.alpha_pattern.get(get_pattern_key(cfg.alpha_pattern.keys(), module), cfg.lora_alpha)
     if r != rank:
-        raise ValueError(f"{module} has factors of rank {rank}, adapter_config.json says {r}; the folder is mixed up")
+        raise ValueError(f"{module} has factors of rank {rank}, adapter_config.json says "
+                         f"{r}; the folder is mixed up")
     return alpha/math.sqrt(r) if cfg.use_rslora else alpha/r
 
 # %% ../nbs/machinery/merge_plan.ipynb #c012
@@ -108,8 +109,10 @@ def plan_merge(
         else: found = _place_experts(module.removesuffix(".base_layer"), A, B, cfg, shapes)
         if found: deltas |= found; used |= {key, other}
     if tied and (ends := [k for k in (*whole, *deltas) if "embed_tokens" in k or "lm_head" in k]):
-        raise ValueError(f"{ends[0]} is tied to the other end of the model; untie them in the base before merging")
+        raise ValueError(f"{ends[0]} is tied to the other end of the model; untie them in "
+                         "the base before merging")
     if lost := sorted(weights.keys() - used):
-        raise ValueError(f"{len(lost)} of {len(weights)} adapter tensors have no place in the base, the first is "
+        raise ValueError(f"{len(lost)} of {len(weights)} adapter tensors have no place in "
+                         "the base, the first is "
                          f"{lost[0]} {tuple(weights[lost[0]].shape)}; is it another model's adapter?")
     return deltas, whole

@@ -18,10 +18,12 @@ def remedies(
     cfg,             # an SFTConfig
 )->dict[str,dict]:   # what to set, as one types it -> the fields that change
     "What would take less memory, what costs the least first."
-    n, accumulated = cfg.per_device_train_batch_size, cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps
+    n = cfg.per_device_train_batch_size
+    accumulated = n*cfg.gradient_accumulation_steps
     one = dict(per_device_train_batch_size=1, gradient_accumulation_steps=accumulated)
     found = [(n > 1, f"BATCH_SIZE=1 GRAD_ACCU={accumulated}", one),
-             (not cfg.gradient_checkpointing, "gradient_checkpointing true", dict(gradient_checkpointing=True)),
+             (not cfg.gradient_checkpointing, "gradient_checkpointing true",
+              dict(gradient_checkpointing=True)),
              (True, f"max_len {cfg.max_len//2} and the data tokenized so", dict(max_len=cfg.max_len//2)),
              (cfg.logit_chunk > 128, "logit_chunk 128", dict(logit_chunk=128)),
              (cfg.method != "qlora", "method qlora", dict(method="qlora"))]
@@ -38,7 +40,8 @@ def oom_advice(
     return "; ".join([now, *(f"with {what}, {gb(**changes)}" for what,changes in remedies(cfg).items())])
 
 # %% ../nbs/machinery/oom.ipynb #c012
-_OUT = re.compile("out of memory|not enough memory|can't allocate memory|cannot allocate memory|alloc_failed", re.I)
+_OUT = re.compile("out of memory|not enough memory|can't allocate memory|cannot allocate memory|alloc_failed",
+                  re.I)
 
 @contextlib.contextmanager
 def advise_on_memory(

@@ -20,9 +20,11 @@ def answer_greedily(
 )->str:
     "The most likely answer, token by token."
     ask = [dict(role="user", content=prompt)]
-    ids = tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt",
+                                        return_dict=True)
     ids = ids.to(next(model.parameters()).device)
-    out = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    out = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False,
+                         pad_token_id=tokenizer.pad_token_id)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
 
 # %% ../nbs/machinery/probe.ipynb #c010

@@ -48,9 +48,11 @@ class LoadConfig:
     optim:str="adamw_torch"      # optimizer by transformers' name
     trust_remote_code:bool=False  # run code that comes with the model
     def __post_init__(self):
-        if self.method not in METHODS: raise ValueError(f"method={self.method!r}; expected qlora, lora or full")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r}; expected qlora, lora or full")
         for n in ("max_len", "per_device_train_batch_size", "lora_r", "logit_chunk"):
-            if getattr(self, n) is not None and getattr(self, n) < 1: raise ValueError(f"{n}={getattr(self, n)} must be at least 1")
+            if getattr(self, n) is not None and getattr(self, n) < 1:
+                raise ValueError(f"{n}={getattr(self, n)} must be at least 1")
         if self.head_4bit and self.method != "qlora":
             raise ValueError(f"head_4bit goes with method=qlora; {self.method} has no four-bit base")
 
@@ -70,7 +72,8 @@ def pick_device(
     "The device a process loads its model to."
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r} but torch {torch.__version__} sees no GPU; codetune doctor says why")
+        raise ValueError(f"device={device!r} but torch {torch.__version__} sees no GPU; "
+                         "codetune doctor says why")
     if device == "cuda": device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(device)
 
@@ -100,13 +103,15 @@ def model_folder(
 def _load_4bit(name, cfg, dtype, device, trust_remote_code, head_4bit):
     "NF4 tensor by tensor, or through transformers where the checkpoint has other names."
     model = load_nf4(model_folder(name), cfg, dtype, device, head_4bit, trust_remote_code)
-    if model is None and head_4bit: raise ValueError(f"{name}: head_4bit needs a checkpoint with the model's own names")
+    if model is None and head_4bit:
+        raise ValueError(f"{name}: head_4bit needs a checkpoint with the model's own names")
     if model is None:
-        print(f"{name}: the checkpoint's names are not the model's; loading through transformers, with 16-bit memory")
+        print(f"{name}: the checkpoint's names are not the model's; loading through transformers, with "
+              "16-bit memory")
         q = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[*KEEP, *ROUTERS])
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map={"":device}, quantization_config=q,
-                                                     trust_remote_code=trust_remote_code)
+        how = dict(dtype=dtype, device_map={"":device}, quantization_config=q)
+        model = AutoModelForCausalLM.from_pretrained(name, **how, trust_remote_code=trust_remote_code)
     for m in model.modules():
         if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = False
     require_4bit(model, head_4bit)
@@ -128,8 +133,8 @@ def load_base(
     cfg = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     dt,dev = pick_dtype(dtype, cfg, quant),pick_device(device)
     if quant == "nf4": model = _load_4bit(path, cfg, dt, dev, trust_remote_code, head_4bit)
-    else: model = AutoModelForCausalLM.from_pretrained(path, dtype=dt, device_map={"":dev},
-                                                       trust_remote_code=trust_remote_code)
+    else: model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dt, device_map={"":dev}, trust_remote_code=trust_remote_code)
     return model.requires_grad_(False).eval()
 
 # %% ../nbs/02_qlora_load.ipynb #c022
@@ -138,7 +143,8 @@ def load_model(
 )->nn.Module:  # a PeftModel, or for full fine-tuning a transformers model whose every weight trains
     "The model that a configuration asks for, ready to train."
     quant = "nf4" if cfg.method == "qlora" else "none"
-    base = load_base(cfg.model_name_or_path, quant, cfg.dtype, cfg.device, cfg.trust_remote_code, cfg.head_4bit)
+    base = load_base(cfg.model_name_or_path, quant, cfg.dtype, cfg.device, cfg.trust_remote_code,
+                     cfg.head_4bit)
     return base.requires_grad_(True) if cfg.method == "full" else add_adapter(base, settings_of(cfg))
 
 # %% ../nbs/02_qlora_load.ipynb #c023
@@ -149,8 +155,10 @@ def plan_memory(
     "What the estimator expects of a configuration."
     cfg = replace(cfg, **changes)
     loads = getattr(cfg, "load_dtype", cfg.dtype)
-    own = {k: getattr(cfg, k) for k in "max_len optim logit_chunk gradient_checkpointing head_4bit trust_remote_code".split()}
-    return estimate_memory(cfg.model_name_or_path, cfg.method, lora=settings_of(cfg), batch=cfg.per_device_train_batch_size,
+    own = {k: getattr(cfg, k)
+           for k in "max_len optim logit_chunk gradient_checkpointing head_4bit trust_remote_code".split()}
+    return estimate_memory(cfg.model_name_or_path, cfg.method, lora=settings_of(cfg),
+                           batch=cfg.per_device_train_batch_size,
                            accumulate=getattr(cfg, "gradient_accumulation_steps", 2) > 1,
                            dtype="fp32" if cfg.dtype == "fp32" else "mixed" if loads == "fp32" else "bf16",
                            device=pick_device(getattr(cfg, "device", "auto")).type, **own)
@@ -174,9 +182,11 @@ def load_stage(
     seconds = time.perf_counter()-start
     print(audit_table(rows))
     base = [r for r in rows if r["group"] != "adapters"]
-    measured = {"weights": sum(r["bytes"] for r in base), "adapters": sum(r["bytes"] for r in rows if r not in base)}
+    measured = {"weights": sum(r["bytes"] for r in base),
+                "adapters": sum(r["bytes"] for r in rows if r not in base)}
     write_json(run.dir/"audit.json", rows)
     write_json(run.dir/"memory.json", dict(method=cfg.method, estimates=plan, measured=measured))
     return {"load/base_gb": measured["weights"]/1e9, "load/adapters_gb": measured["adapters"]/1e9,
-            "load/bits_per_weight": 8*measured["weights"]/sum(r["count"] for r in base), "load/seconds": round(seconds, 1),
+            "load/bits_per_weight": 8*measured["weights"]/sum(r["count"] for r in base),
+            "load/seconds": round(seconds, 1),
             "outputs": {n: str(run.dir/f"{n}.json") for n in ("audit", "memory")}}

@@ -40,7 +40,8 @@ def checkpoint_files(
     return [path/n for n in names]
 
 # %% ../nbs/machinery/safefile.ipynb #c009
-_TYPES = {"F64":torch.float64, "F32":torch.float32, "F16":torch.float16, "BF16":torch.bfloat16, "I64":torch.int64,
+_TYPES = {"F64":torch.float64, "F32":torch.float32, "F16":torch.float16, "BF16":torch.bfloat16,
+          "I64":torch.int64,
           "I32":torch.int32, "I16":torch.int16, "I8":torch.int8, "U8":torch.uint8, "BOOL":torch.bool}
 
 class Checkpoint:
@@ -51,7 +52,8 @@ class Checkpoint:
         self.entries = {}
         for file in checkpoint_files(path):
             header,start = read_header(file)
-            for k,v in header.items(): self.entries[k] = file, start+v["data_offsets"][0], v["dtype"], tuple(v["shape"])
+            for k,v in header.items():
+                self.entries[k] = file, start+v["data_offsets"][0], v["dtype"], tuple(v["shape"])
 
     def __contains__(self, name): return name in self.entries
     def numel(self, name): return torch.Size(self.entries[name][3]).numel()
@@ -59,7 +61,8 @@ class Checkpoint:
         "One tensor, in memory of its own; or its `first` numbers, flat."
         file,start,dtype,shape = self.entries[name]
         if first is not None: shape = (min(first, self.numel(name)),)
-        if dtype not in _TYPES: raise ValueError(f"{file}: {name} is {dtype}, which cannot be quantized again; "
+        if dtype not in _TYPES:
+            raise ValueError(f"{file}: {name} is {dtype}, which cannot be quantized again; "
                                                  "a 16-bit or 32-bit checkpoint is expected")
         out = torch.empty(shape, dtype=_TYPES[dtype])
         with open(file, "rb", buffering=0) as io:

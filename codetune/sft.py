@@ -30,7 +30,7 @@ from .runs import Run, set_seed
 from .tasks import load_tasks
 from .tokenized import collate
 from .train_data import load_data
-from .trainer import SFTTrainer, memory_gib
+from .trainer import SFTTrainer
 
 # %% ../nbs/03_sft.ipynb #c007
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SFTConfig:
     max_steps:int=-1             # optimizer steps; -1 goes by epochs
     max_len:int=512              # tokens of a packed block, and of the longest row
     per_device_train_batch_size:int=field(default=1, metadata=dict(env="BATCH_SIZE"))  # blocks a forward pass
-    gradient_accumulation_steps:int=field(default=1, metadata=dict(env="GRAD_ACCU"))  # forwards an optimizer step
+    gradient_accumulation_steps:int=field(default=1, metadata=dict(env="GRAD_ACCU"))  # forwards a step
     lora_r:int|None=None         # rank of the adapter; None takes the settings' (16 as shipped)
     lora_alpha:float|None=None   # scale; the update is alpha/r times B A; None takes the settings' (32)
     lora_dropout:float|None=None  # on the adapter's input; None takes the settings' (0)
@@ -88,7 +88,8 @@ class SFTConfig:
 
 # %% ../nbs/03_sft.ipynb #c008
 _RANGES = [  # names, what holds for their values, what to say where it does not
-    ("max_len per_device_train_batch_size gradient_accumulation_steps logging_steps logit_chunk keep_checkpoints "
+    ("max_len per_device_train_batch_size gradient_accumulation_steps logging_steps logit_chunk "
+     "keep_checkpoints "
      "lora_r eval_tasks eval_max_new_tokens", lambda v: v >= 1, "must be at least 1"),
     ("lr num_train_epochs", lambda v: v > 0, "must be above 0"),
     ("eval_steps save_steps", lambda v: v >= 0, "must not be negative"),
@@ -122,7 +123,8 @@ def start_run(
 def _sharded_model(cfg, by):
     "A model whose weights FSDP or DeepSpeed will place."
     if cfg.method == "qlora":
-        raise ValueError(f"{by} shards no four-bit weights; use ddp.yaml (each GPU holds the base) or method lora")
+        raise ValueError(f"{by} shards no four-bit weights; use ddp.yaml (each GPU holds "
+                         "the base) or method lora")
     dtype = torch.bfloat16 if by == "DEEPSPEED" or cfg.method == "lora" else torch.float32
     return AutoModelForCausalLM.from_pretrained(resolve_model(cfg.model_name_or_path), dtype=dtype,
                                                 trust_remote_code=cfg.trust_remote_code).requires_grad_(False)
@@ -135,7 +137,8 @@ def build_model(
     on = lambda k: os.environ.get(f"ACCELERATE_USE_{k}", "").lower() in ("true", "1")
     by = next(filter(on, ("FSDP", "DEEPSPEED")), None)
     if by: model = _sharded_model(cfg, by)
-    else: model = load_base(cfg.model_name_or_path, "nf4" if cfg.method == "qlora" else "none", cfg.load_dtype,
+    else: model = load_base(cfg.model_name_or_path, "nf4" if cfg.method == "qlora" else "none",
+                            cfg.load_dtype,
                             trust_remote_code=cfg.trust_remote_code, head_4bit=cfg.head_4bit)
     model = model.requires_grad_(True) if cfg.method == "full" else add_adapter(model, settings_of(cfg))
     if not by: print(audit_table(audit(model)))
@@ -157,17 +160,19 @@ def training_args(
     extra = dict(activation_checkpointing=True, activation_checkpointing_kwargs=dict(use_reentrant=False))
     args = TrainingArguments(
         output_dir=str(run.checkpoints), seed=cfg.seed, data_seed=cfg.seed, use_cpu=not cuda,
-        bf16=cfg.dtype != "fp32" and (cuda or cfg.method == "full"), optim=cfg.optim, weight_decay=cfg.weight_decay,
+        bf16=cfg.dtype != "fp32" and (cuda or cfg.method == "full"), optim=cfg.optim,
+        weight_decay=cfg.weight_decay,
         learning_rate=cfg.lr, lr_scheduler_type=cfg.lr_scheduler_type, warmup_steps=cfg.warmup_ratio,
         num_train_epochs=cfg.num_train_epochs, max_steps=cfg.max_steps, max_grad_norm=cfg.max_grad_norm,
         per_device_train_batch_size=cfg.per_device_train_batch_size, per_device_eval_batch_size=1,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps, average_tokens_across_devices=True,
         save_strategy="steps" if cfg.save_steps else "no", save_steps=cfg.save_steps or 1,
         eval_strategy="steps" if evaluates else "no", eval_steps=cfg.eval_steps or 1,
-        logging_steps=cfg.logging_steps, logging_first_step=True, logging_nan_inf_filter=False, report_to="none",
+        logging_steps=cfg.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
+        report_to="none",
         disable_tqdm=True, remove_unused_columns=False, label_names=["labels"], dataloader_pin_memory=cuda,
         ddp_find_unused_parameters=False, **(extra if cfg.gradient_checkpointing else {}))
-    args._n_gpu = min(args.n_gpu, 1)  # or Trainer cuts a packed row in two for a second GPU; accelerate launch takes both
+    args._n_gpu = min(args.n_gpu, 1)  # or Trainer cuts packed rows in two; accelerate launch takes all GPUs
     return args
 
 # %% ../nbs/03_sft.ipynb #c020
@@ -175,8 +180,10 @@ def origin(
     cfg:SFTConfig,
 )->dict:            # base, method, quant, head_4bit, fingerprint
     "What an adapter's `codetune.json` says of the base it trained beside."
-    return dict(base=cfg.model_name_or_path, method=cfg.method, quant="nf4" if cfg.method == "qlora" else "none",
-                head_4bit=cfg.head_4bit, fingerprint=fingerprint(model_folder(cfg.model_name_or_path, fetch=False)))
+    return dict(base=cfg.model_name_or_path, method=cfg.method, quant="nf4" if cfg.method == "qlora"
+                else "none",
+                head_4bit=cfg.head_4bit,
+                fingerprint=fingerprint(model_folder(cfg.model_name_or_path, fetch=False)))
 
 # %% ../nbs/03_sft.ipynb #c021
 def make_trainer(
@@ -193,7 +200,8 @@ def make_trainer(
     answer = (lambda model: pass_at_1(model, tokenizer, tasks, cfg.eval_max_new_tokens)) if tasks else None
     args = training_args(cfg, run)                         # before the model: ZeRO-3 loads by it
     model = build_model(cfg)
-    return SFTTrainer(run, cfg.keep_checkpoints, answer, origin(cfg), model=model, args=args, train_dataset=blocks,
+    return SFTTrainer(run, cfg.keep_checkpoints, answer, origin(cfg), model=model, args=args,
+                      train_dataset=blocks,
                       eval_dataset=val or ([] if answer else None), data_collator=collate)
 
 # %% ../nbs/03_sft.ipynb #c022
@@ -207,27 +215,20 @@ def _differences(cfg, note, checkpoint):
     return [(k, was[k], now[k]) for k in now if k != "base" and k in was and was[k] != now[k]]
 
 def _resume_from(cfg, note, out):
-    "The checkpoint to go on from; None starts at the beginning, and one of another model or adapter is refused."
+    "The checkpoint to go on from, None for the beginning; one of another model or adapter is refused."
     if not cfg.resume: return None
     start = newest_checkpoint(out)
     print(f"resuming from {start.name}" if start else "no checkpoint yet; starting from the beginning")
     if start and (other := _differences(cfg, note, start)):
         what = ", ".join(f"{k} {then}, not {now}" for k,then,now in other)
-        raise ValueError(f"{start} was trained with {what}; resume with its own values, or start anew elsewhere")
+        raise ValueError(f"{start} was trained with {what}; resume with its own values, "
+                         "or start anew elsewhere")
     return start
 
 # %% ../nbs/03_sft.ipynb #c024
 def _clear(folder):
     "Remove what an earlier run left in an output folder."
     for name in ("adapter", "model", "checkpoints", "logs"): shutil.rmtree(folder/name, ignore_errors=True)
-
-def _figures(trainer, before, after):
-    "What the summary says of a run."
-    found = {"steps": trainer.state.global_step, "memory/peak_gib": memory_gib(trainer.args.device)}
-    if rows := trainer.records:
-        found |= {"loss/first": rows[0]["loss/train"], "loss/last": rows[-1]["loss/train"],
-                  "tokens_per_s/median": sorted(r["tokens_per_s"] for r in rows)[len(rows)//2]}
-    return found | {f"{when}/{k[5:]}": v for when,row in (("before", before), ("after", after)) for k,v in row.items()}
 
 # %% ../nbs/03_sft.ipynb #c025
 def train_sft(
@@ -245,4 +246,4 @@ def train_sft(
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         after = trainer.evaluate() if validates else {}
     trainer.save_result(run.out/name, note)
-    return _figures(trainer, before, after) | {"outputs": {name: str(run.out/name)}}
+    return trainer.summary(before, after) | {"outputs": {name: str(run.out/name)}}

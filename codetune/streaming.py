@@ -18,11 +18,12 @@ from .safefile import Checkpoint
 
 # %% ../nbs/machinery/streaming.ipynb #c006
 KEEP = ("lm_head", "embed_out")                    # heads, in 16 bits: the loss reads them
-ROUTERS = ("gate", "router", "shared_expert_gate")  # never quantized: a wrong expert is worse than a rounded weight
+ROUTERS = ("gate", "router",
+           "shared_expert_gate")  # never quantized: a wrong expert is worse than a rounded weight
 _PARTS = dict(gate_up_proj=("gate_proj", "up_proj"), down_proj=("down_proj",))
 
 class Embedding4bit(bnb.nn.Embedding4bit):
-    "bitsandbytes' four-bit embedding, whose model can also be asked for its state (PEFT does, to save an adapter)."
+    "bitsandbytes' four-bit embedding that can be asked for its state, as PEFT does to save an adapter."
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         state = self.weight.quant_state.as_dict(packed=True)
@@ -49,7 +50,8 @@ def skeleton(
             model.set_submodule(name, new)
         elif type(m) is nn.Linear and name.rsplit(".", 1)[-1] not in keep:
             with torch.device("meta"):
-                new = bnb.nn.Linear4bit(m.in_features, m.out_features, m.bias is not None, compute_dtype=dtype,
+                new = bnb.nn.Linear4bit(m.in_features, m.out_features, m.bias is not None,
+                                        compute_dtype=dtype,
                                         compress_statistics=True, quant_type="nf4")
             new.support_avx512bf16_for_cpu = False  # or it re-packs its weight in place: see 02_qlora_load
             model.set_submodule(name, new)
@@ -60,9 +62,11 @@ def wanted(
     model:nn.Module,  # from `skeleton`
 )->dict:              # parameter name -> names in the checkpoint; for a stack one tuple per expert
     "Which tensors of the checkpoint fill which parameter."
-    stacks = {f"{n}.{k}": (n, k, m) for n,m in model.named_modules() if isinstance(m, Experts4bit) for k in m.sizes}
+    stacks = {f"{n}.{k}": (n, k, m) for n,m in model.named_modules() if isinstance(m, Experts4bit)
+              for k in m.sizes}
     def parts(n, k, m): return [tuple(f"{n}.{e}.{p}.weight" for p in _PARTS[k]) for e in range(m.num_experts)]
-    return {name: parts(*stacks[name]) if name in stacks else [(name,)] for name,_ in model.named_parameters()}
+    return {name: parts(*stacks[name]) if name in stacks else [(name,)] for name,
+            _ in model.named_parameters()}
 
 # %% ../nbs/machinery/streaming.ipynb #c009
 def four_bit_names(
@@ -73,7 +77,8 @@ def four_bit_names(
     model, found = skeleton(cfg, torch.bfloat16, "meta", head_4bit), {}
     for name,groups in wanted(model).items():
         module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, Experts4bit): found |= dict.fromkeys((name, *(n for g in groups for n in g)), True)
+        inside = (n for g in groups for n in g)
+        if isinstance(module, Experts4bit): found |= dict.fromkeys((name, *inside), True)
         elif name.endswith(".weight") and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Embedding4bit)):
             found[name] = isinstance(module, bnb.nn.Linear4bit)
     return found
@@ -89,9 +94,11 @@ def can_stream(
 def _params4bit(weight, module):
     "What bitsandbytes makes of a weight, without its temporary copies; odd sizes go to bitsandbytes."
     device = weight.device
-    if weight.numel()%BLOCK or weight.shape[1]%2: return bnb.nn.Params4bit(weight, module=module, **_HOW).to(device)
+    if weight.numel()%BLOCK or weight.shape[1]%2:
+        return bnb.nn.Params4bit(weight, module=module, **_HOW).to(device)
     q,nf4 = quantize_nf4(weight),F4.get_4bit_type("nf4", device=device)
-    second = F4.QuantState(q["scale2"], code=F4.create_dynamic_map().to(device), blocksize=BLOCK2, dtype=torch.float32)
+    second = F4.QuantState(q["scale2"], code=F4.create_dynamic_map().to(device), blocksize=BLOCK2,
+                           dtype=torch.float32)
     state = F4.QuantState(q["scales"], weight.shape, nf4, BLOCK, "nf4", weight.dtype, q["shift"], second)
     module.quant_state = state
     return bnb.nn.Params4bit(q["codes"].view(-1, 1), quant_state=state, blocksize=BLOCK, bnb_quantized=True,
@@ -158,6 +165,7 @@ def load_nf4(
     model,ckpt = skeleton(cfg, dtype, device, head_4bit, trust_remote_code),Checkpoint(path)
     if can_stream(ckpt, model): return None
     fill(model, ckpt, dtype, device)
-    if (Path(path)/"generation_config.json").exists(): model.generation_config = GenerationConfig.from_pretrained(path)
+    if (Path(path)/"generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     model.is_loaded_in_4bit = True  # PEFT looks here
     return model.eval()

@@ -78,5 +78,6 @@ def merge_file(
             first, end = entry["data_offsets"]
             f.seek(start + first)
             if name in whole: out.write(_bytes(whole[name].to(DTYPES[entry["dtype"]])))
-            elif name in deltas or name in rounded: _update(f, out, entry, deltas.get(name), rounded.get(name))
+            elif name in deltas or name in rounded:
+                _update(f, out, entry, deltas.get(name), rounded.get(name))
             else: _copy(f, out, end - first)

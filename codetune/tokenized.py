@@ -38,7 +38,8 @@ class TokenRows:
 def _int32(x, where):
     "Integers in 32 bits; what does not fit is refused, where a cast would make another token of it."
     if x.size and not -2**31 <= x.min() <= x.max() < 2**31:
-        raise ValueError(f"{where}: ids from {x.min()} to {x.max()} are no vocabulary's; tokenize the data again")
+        raise ValueError(f"{where}: ids from {x.min()} to {x.max()} are no vocabulary's; "
+                         "tokenize the data again")
     return x.astype(np.int32)
 
 def _pile(
@@ -79,9 +80,11 @@ def _read_jsonl(path, model):
                 raise _not_tokenized(path, row if isinstance(row, dict) else [type(row).__name__], model)
             x,y = np.asarray(row["input_ids"]), np.asarray(row["label"])
             if x.ndim != 1 or x.shape != y.shape or x.dtype.kind != "i" or y.dtype.kind != "i":
-                raise ValueError(f"{path}:{n}: input_ids {x.shape} and label {y.shape} must be lists of integers, "
+                raise ValueError(f"{path}:{n}: input_ids {x.shape} and label {y.shape} "
+                                 "must be lists of integers, "
                                  "equally long")
-            ids.append(_int32(x, f"{path}:{n}")); labels.append(_int32(y, f"{path}:{n}")); lengths.append(len(x))
+            ids.append(_int32(x, f"{path}:{n}")); labels.append(_int32(y, f"{path}:{n}"))
+            lengths.append(len(x))
     cat = lambda xs: np.concatenate(xs) if xs else np.zeros(0, np.int32)
     return cat(ids), cat(labels), lengths
 
@@ -105,7 +108,8 @@ def read_rows(
 )->TokenRows:
     "Tokenized rows that can be trained on, or an error that says what to do."
     path = Path(path)
-    if not path.is_file(): raise ValueError(f"no file {path}; data_path names the output of 01_chatml_tokenize")
+    if not path.is_file():
+        raise ValueError(f"no file {path}; data_path names the output of 01_chatml_tokenize")
     rows = _pile(*(_read_parquet if path.suffix == ".parquet" else _read_jsonl)(path, model), path)
     if not len(rows): raise ValueError(f"{path} has no rows; look into its .rejects.jsonl for the reasons")
     if (empty := np.flatnonzero(np.diff(np.append(0, rows.counts.cumsum()[rows.ends-1])) == 0)).size:

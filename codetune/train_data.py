@@ -66,7 +66,8 @@ def load_data(
     text = config.get_text_config()
     limit, vocab = text.max_position_embeddings, text.vocab_size
     if cfg.max_len > limit:
-        raise ValueError(f"max_len={cfg.max_len} is over the {limit} positions of {cfg.model_name_or_path}; lower it")
+        raise ValueError(f"max_len={cfg.max_len} is over the {limit} positions of "
+                         f"{cfg.model_name_or_path}; lower it")
     def read(path):
         path = sample_rows(cfg, tokenizer) if path == "sample" else resolve_path(path)
         rows = read_rows(path, cfg.model_name_or_path, cfg.max_len, vocab)
@@ -77,6 +78,7 @@ def load_data(
     others = read(cfg.eval_path) if cfg.eval_path else rows
     if cfg.eval_path: held = list(range(len(others)))
     blocks = Blocks(rows, train, cfg.max_len, cfg.packing)
-    print(f"{len(train)} rows to train on in {len(blocks)} blocks of {cfg.max_len} tokens, {blocks.fill:.1%} full, "
+    print(f"{len(train)} rows to train on in {len(blocks)} blocks of {cfg.max_len} tokens, {blocks.fill:.1%} "
+          "full, "
           f"{rows.label_share:.0%} labels; {len(held)} rows to validate")
     return blocks, Blocks(others, held, cfg.max_len, cfg.packing) if held else None

@@ -49,21 +49,28 @@ class SFTTrainer(Trainer):
         self._seen += torch.tensor([inputs["input_ids"].numel(), (inputs["labels"] >= 0).sum()])
         return (loss, out) if return_outputs else loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None: self._require_finite("gradient's norm", norm)   # before it reaches the weights
-        return norm
+# %% ../nbs/machinery/trainer.ipynb #c007
+@patch
+def _get_grad_norm(self:SFTTrainer, model, grad_norm=None):
+    "Trainer's, refused where it is no number."
+    norm = Trainer._get_grad_norm(self, model, grad_norm)
+    if norm is not None: self._require_finite("gradient's norm", norm)   # before it reaches the weights
+    return norm
 
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step < self.state.max_steps: return super()._run_epoch(*args, **kwargs)
-        self.control.should_training_stop = True         # resumed at its end: Trainer would take one step more
+@patch
+def _run_epoch(self:SFTTrainer, *args, **kwargs):
+    "Trainer's, unless the run was resumed at its end, where Trainer would take one step more."
+    if self.state.global_step < self.state.max_steps: return Trainer._run_epoch(self, *args, **kwargs)
+    self.control.should_training_stop = True
 
-    def _require_finite(self, what, value):
-        if math.isfinite(value): return
-        raise FloatingPointError(f"the {what} is {float(value)} at step {self.state.global_step+1}; lower "
-            f"lr={self.args.learning_rate:g} or max_grad_norm={self.args.max_grad_norm:g}, or set dtype to fp32")
+@patch
+def _require_finite(self:SFTTrainer, what, value):
+    "Raise `FloatingPointError` for what is no number."
+    if math.isfinite(value): return
+    raise FloatingPointError(f"the {what} is {float(value)} at step {self.state.global_step+1}; lower "
+        f"lr={self.args.learning_rate:g} or max_grad_norm={self.args.max_grad_norm:g}, or set dtype to fp32")
 
-# %% ../nbs/machinery/trainer.ipynb #c012
+# %% ../nbs/machinery/trainer.ipynb #c013
 def memory_gib(
     device:torch.device,
 )->float:
@@ -71,7 +78,7 @@ def memory_gib(
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)/2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 
-# %% ../nbs/machinery/trainer.ipynb #c013
+# %% ../nbs/machinery/trainer.ipynb #c014
 @patch
 def log(self:SFTTrainer, logs, start_time=None):
     "Keep transformers' record and write ours."
@@ -88,19 +95,20 @@ def log(self:SFTTrainer, logs, start_time=None):
     self.codetune_run.log(row, step=self.state.global_step)
     if self.codetune_run.is_main: self._show(row)
 
-# %% ../nbs/machinery/trainer.ipynb #c014
+# %% ../nbs/machinery/trainer.ipynb #c015
 @patch
 def _show(self:SFTTrainer, row):
     "A progress bar on a terminal, a line now and then elsewhere."
     step, last = self.state.global_step, self.state.max_steps
     if self._bar is None: self._bar = tqdm(total=last, initial=step-1, unit="step", disable=None)
-    self._bar.set_postfix_str(f"loss {row['loss/train']:.3f}, {row['tokens_per_s']:.0f} tokens/s", refresh=False)
+    self._bar.set_postfix_str(f"loss {row['loss/train']:.3f}, {row['tokens_per_s']:.0f} tokens/s",
+                              refresh=False)
     self._bar.update(step - self._bar.n)
     if self._bar.disable and (step % max(1, last//8) == 0 or step in (1, last)):
         print(f"step {step}/{last}  loss {row['loss/train']:.3f}  lr {row['lr']:.2e}  "
               f"{row['tokens_per_s']:.0f} tokens/s  {row['memory/peak_gib']:.1f} GiB")
 
-# %% ../nbs/machinery/trainer.ipynb #c018
+# %% ../nbs/machinery/trainer.ipynb #c019
 def check_disk(
     folder:Path,  # where the files go; its nearest existing parent is asked
     need:int,     # bytes
@@ -110,10 +118,11 @@ def check_disk(
     "Refuse to start writing what will not fit."
     while not folder.exists(): folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if free < need: raise OSError(f"{what} needs {need/2**30:.2f} GiB, {folder} has {free/2**30:.2f} GiB free; "
-                                  f"make room or {do}")
+    if free < need:
+        raise OSError(f"{what} needs {need/2**30:.2f} GiB, {folder} has {free/2**30:.2f} GiB free; "
+                      f"make room or {do}")
 
-# %% ../nbs/machinery/trainer.ipynb #c019
+# %% ../nbs/machinery/trainer.ipynb #c020
 @patch
 def save_whole(
     self:SFTTrainer,
@@ -124,7 +133,8 @@ def save_whole(
     "Write a folder on all ranks, then give it its name."
     tmp, mine = final.with_name(f".{final.name}.tmp"), self.args.should_save
     if mine:
-        sizes = [getattr(p, "ds_numel", p.numel())*p.element_size() for p in self.model.parameters() if p.requires_grad]
+        sizes = [getattr(p, "ds_numel", p.numel())*p.element_size() for p in self.model.parameters()
+                 if p.requires_grad]
         check_disk(final.parent, copies*sum(sizes))
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -137,6 +147,7 @@ def save_whole(
     if mine: _put_in_place(tmp, final)
     self.accelerator.wait_for_everyone()
 
+# %% ../nbs/machinery/trainer.ipynb #c021
 def _put_in_place(tmp, final):
     "Give a filled folder its name once all of it is on the disk; what had the name goes."
     for f in (f for f in tmp.rglob("*") if f.is_file()):
@@ -151,7 +162,7 @@ def _remove(folder):
     if folder.exists(): folder.rename(old)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/machinery/trainer.ipynb #c024
+# %% ../nbs/machinery/trainer.ipynb #c026
 @patch
 def _save_checkpoint(self:SFTTrainer, model, trial):
     "A checkpoint under `checkpoints/steps_0050`; only the newest few stay."
@@ -170,7 +181,7 @@ def _save_checkpoint(self:SFTTrainer, model, trial):
         steps = sorted(root.glob("steps_*"), key=lambda p: int(p.name[6:]))
         for old in steps[:-self.keep_checkpoints]: _remove(old)
 
-# %% ../nbs/machinery/trainer.ipynb #c025
+# %% ../nbs/machinery/trainer.ipynb #c027
 @patch
 def save_result(
     self:SFTTrainer,
@@ -185,7 +196,7 @@ def save_result(
         if note: write_json(tmp/NOTE, note)
     self.save_whole(final, write)
 
-# %% ../nbs/machinery/trainer.ipynb #c032
+# %% ../nbs/machinery/trainer.ipynb #c034
 @patch
 @torch.no_grad()
 def evaluate(self:SFTTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -206,3 +217,18 @@ def evaluate(self:SFTTrainer, eval_dataset=None, ignore_keys=None, metric_key_pr
         print(f"step {self.state.global_step}  " + "  ".join(f"{k} {v:.4f}" for k,v in row.items()))
     self._clock += time.perf_counter() - start          # validation is no training time
     return {f"{metric_key_prefix}_{k}": v for k,v in row.items()}
+
+# %% ../nbs/machinery/trainer.ipynb #c035
+@patch
+def summary(self:SFTTrainer,
+    before,   # from `evaluate`, before the first step; empty where nothing is held out
+    after,    # the same after the last
+)->dict:      # steps, peak memory, first and last loss, median speed, both validations
+    "What a run's summary says of its training."
+    found = {"steps": self.state.global_step, "memory/peak_gib": memory_gib(self.args.device)}
+    if rows := self.records:
+        found |= {"loss/first": rows[0]["loss/train"], "loss/last": rows[-1]["loss/train"],
+                  "tokens_per_s/median": sorted(r["tokens_per_s"] for r in rows)[len(rows)//2]}
+    for when,row in ("before", before), ("after", after):
+        found |= {f"{when}/{k[5:]}": v for k,v in row.items()}
+    return found

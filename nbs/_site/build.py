@@ -22,8 +22,8 @@ KATEX_CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
 STAGES = r"\b\d\d_(\w+)\.ipynb"
 MACHINERY = {  # rooms in the order of a walk through the house; a room that is not named here goes under More
     "Ground": "config files provenance records runs runner cli doctor hints",
-    "Data": "raw_files json_values readers messages workers dedup convert data_report chat_template chat_encode "
-    "fasttok tokenized packing",
+    "Data": "raw_files json_values readers messages shapes workers dedup data_report chat_template chat_encode "
+    "fasttok row_length mask_view convert tokenized packing",
     "Models": "embedded fixtures memory streaming safefile tensorfile audit experts4bit lowrank adapters lineage "
     "train_data trainer oom probe progress merge_plan merge_check",
     "Tasks": "answers task_rows tasks partition calibration observations rewards code_env",
