@@ -10,8 +10,6 @@ import argparse,json,os,re,sys,tempfile
 from collections import Counter
 from pathlib import Path
 
-import orjson
-
 from .chatml_tokenize import token_options,tokenize_files
 from .data_formats import convert_files,make_options,n_workers
 from .data_report import merge_reports,report_text

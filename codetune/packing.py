@@ -50,7 +50,8 @@ def block_batch(
     ids = [i for r in rows for i in r["input_ids"]]
     labels = [l for r in rows for l in (IGNORE, *r["label"][1:])]
     lengths = [len(r["input_ids"]) for r in rows]
-    if len(labels) != len(ids): raise ValueError("input_ids and label differ in length; tokenize the data again")
+    if len(labels) != len(ids):
+        raise ValueError("input_ids and label differ in length; tokenize the data again")
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     row = lambda xs: torch.tensor([xs], dtype=torch.long, device=device)
     positions, longest = [p for n in lengths for p in range(n)], max(lengths)
@@ -93,7 +94,8 @@ def packed_attention(
     if not dropout and (out := _varlen_kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling)) is not None:
         return out[None], None
     lengths = cu_seq_lens_q.diff().tolist()
-    settings = dict(dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    settings = dict(dropout_p=dropout, is_causal=True, scale=scaling,
+                    enable_gqa=query.shape[1] != key.shape[1])
     parts = [F.scaled_dot_product_attention(*qkv, **settings)
              for qkv in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
@@ -160,7 +162,8 @@ def check_isolation(
     "Prove that packed samples neither see each other nor get another loss than alone, or raise."
     lm = causal_lm(model)
     table = lm.get_input_embeddings().weight
-    tol = tol or (1e-3 if lm.dtype in (torch.float32, torch.float64) else .3)  # a table in four bits holds bytes
+    tol = tol or (1e-3 if lm.dtype in (torch.float32, torch.float64)
+                  else .3)  # a table in four bits holds bytes
     vocab = lm.config.get_text_config().vocab_size
     probe = [(7*i*i + 11*i + 3) % vocab for i in range(5)]
     neighbours = [[(13*i + s) % vocab for i in range(9)] for s in (1, vocab//2)]

@@ -160,18 +160,17 @@ def training_args(
     extra = dict(activation_checkpointing=True, activation_checkpointing_kwargs=dict(use_reentrant=False))
     args = TrainingArguments(
         output_dir=str(run.checkpoints), seed=cfg.seed, data_seed=cfg.seed, use_cpu=not cuda,
-        bf16=cfg.dtype != "fp32" and (cuda or cfg.method == "full"), optim=cfg.optim,
-        weight_decay=cfg.weight_decay,
-        learning_rate=cfg.lr, lr_scheduler_type=cfg.lr_scheduler_type, warmup_steps=cfg.warmup_ratio,
+        bf16=cfg.dtype != "fp32" and (cuda or cfg.method == "full"), optim=cfg.optim, learning_rate=cfg.lr,
+        weight_decay=cfg.weight_decay, lr_scheduler_type=cfg.lr_scheduler_type, warmup_steps=cfg.warmup_ratio,
         num_train_epochs=cfg.num_train_epochs, max_steps=cfg.max_steps, max_grad_norm=cfg.max_grad_norm,
         per_device_train_batch_size=cfg.per_device_train_batch_size, per_device_eval_batch_size=1,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps, average_tokens_across_devices=True,
         save_strategy="steps" if cfg.save_steps else "no", save_steps=cfg.save_steps or 1,
         eval_strategy="steps" if evaluates else "no", eval_steps=cfg.eval_steps or 1,
         logging_steps=cfg.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True, remove_unused_columns=False, label_names=["labels"], dataloader_pin_memory=cuda,
-        ddp_find_unused_parameters=False, **(extra if cfg.gradient_checkpointing else {}))
+        report_to="none", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
+        dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
+        **(extra if cfg.gradient_checkpointing else {}))
     args._n_gpu = min(args.n_gpu, 1)  # or Trainer cuts packed rows in two; accelerate launch takes all GPUs
     return args
 

@@ -7,7 +7,6 @@ __all__ = ['TokenRows', 'read_rows', 'split_rows', 'Blocks', 'collate']
 
 # %% ../nbs/machinery/tokenized.ipynb #c003
 import itertools
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
