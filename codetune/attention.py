@@ -6,34 +6,43 @@
 __all__ = ['MAX_SCORES', 'short_attention']
 
 # %% ../nbs/machinery/attention.ipynb #c003
+import os
 import torch
 from torch import Tensor,nn
 from transformers import AttentionInterface,AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# %% ../nbs/machinery/attention.ipynb #c005
+# %% ../nbs/machinery/attention.ipynb #c006
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+# %% ../nbs/machinery/attention.ipynb #c007
+def _probabilities(q, k, bias):
+    "softmax(q k' + bias); query heads that share a key head lie under each other."
+    s = q@k.transpose(-1, -2)
+    if bias is None: return s.softmax(-1)
+    s.unflatten(2, (-1, bias.shape[-2])).add_(bias[...,None,:,:] if bias.ndim==4 else bias)
+    return s.softmax(-1)
+
 class _Products(torch.autograd.Function):
-    "softmax(q k' + bias) v by plain products; the probabilities are kept for the backward pass."
+    "softmax(q k' + bias) v by plain products; the probabilities are computed again in the backward pass."
     @staticmethod
     def forward(ctx, q, k, v, bias, scale):
-        B,H,T,D = q.shape
-        q = (q*scale).reshape(B, k.shape[1], -1, D)                   # (B, kv heads, group * T, D)
-        p = (q@k.transpose(-1, -2)).view(B, H, T, -1)
-        p = (p if bias is None else p.add_(bias)).softmax(-1).view(*q.shape[:3], -1)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.scale = scale
-        return (p@v).view(B, H, T, D)
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.scale,shape = scale,q.shape
+        q = (q*scale).reshape(*k.shape[:2], -1, k.shape[-1])          # (B, kv heads, group * T, D)
+        return (_probabilities(q, k, bias)@v).view(shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        q,k,v,p = ctx.saved_tensors
-        shape,g = g.shape,g.reshape(q.shape)
+        q,k,v,bias = ctx.saved_tensors
+        shape,q = q.shape,(q*ctx.scale).reshape(*k.shape[:2], -1, k.shape[-1])
+        p,g = _probabilities(q, k, bias),g.reshape(q.shape)
         ds = torch._softmax_backward_data(g@v.transpose(-1, -2), p, -1, p.dtype)
         return (ds@k).mul_(ctx.scale).view(shape), ds.transpose(-1, -2)@q, p.transpose(-1, -2)@g, None, None
 
-# %% ../nbs/machinery/attention.ipynb #c007
+# %% ../nbs/machinery/attention.ipynb #c009
 MAX_SCORES = 2**23  # entries of the matrix of scores, all heads together; beyond it, the fused kernel
 
 def short_attention(

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from peft import LoraConfig
 from .engine import Sampling,TransformersEngine,support
 from .fast_lora import fast_lora
+from .lean import lean_layers
 from .logprobs import head_weight,token_logprobs
 from .observations import check_profiles
 from .prefix import prefill,row_hidden
@@ -40,7 +41,7 @@ class ValueHead(nn.Module):
     )->Tensor:            # (M,)
         return self.net(features.to(self.net[-1].weight.dtype))[...,0]
 
-# %% ../nbs/machinery/team.ipynb #c011
+# %% ../nbs/machinery/team.ipynb #c009
 @dataclass
 class Action:
     "One agent's whole message."
@@ -50,7 +51,7 @@ class Action:
     truncated:bool            # cut by the token limit: no end token
     logprobs:list[float]      # of each token, on the generation path
 
-# %% ../nbs/machinery/team.ipynb #c012
+# %% ../nbs/machinery/team.ipynb #c010
 def adapter_names(
     profiles:list[dict],  # of `role`, `prompt`, `with_answer`
 )->list[str]:             # roles, in the order in which they act
@@ -62,7 +63,7 @@ def adapter_names(
                              "_ and -, and no word that PyTorch or a checkpoint uses, such as update or reference")
     return [p["role"] for p in profiles]
 
-# %% ../nbs/machinery/team.ipynb #t9bb51891
+# %% ../nbs/machinery/team.ipynb #c013
 def lora_settings(
     lora_cfg:LoraConfig|None,          # for new adapters
     init_adapter:str|Path|None=None,   # SFT adapter whose settings count instead
@@ -78,7 +79,7 @@ def lora_settings(
     cfg.lora_dropout,cfg.inference_mode = 0.,False
     return cfg
 
-# %% ../nbs/machinery/team.ipynb #t32bde175
+# %% ../nbs/machinery/team.ipynb #c015
 class Team:
     "One frozen base, one trainable fp32 LoRA adapter per role, one value head on the bare base."
     save_adapter,save,restore,load = save_adapter,save_team,restore_team,classmethod(load_team)
@@ -104,7 +105,7 @@ class Team:
         self._wire(gradient_checkpointing)
         self._flags()
 
-# %% ../nbs/machinery/team.ipynb #t133fb4aa
+# %% ../nbs/machinery/team.ipynb #c016
 def adapter_parameters(
     model:nn.Module,  # a PeftModel
     name:str,         # of an adapter
@@ -122,6 +123,7 @@ def _wire(self:Team, gradient_checkpointing):
     self.trunk,self.head = self.causal.get_decoder(),self.causal.get_output_embeddings()
     if hasattr(self.head, "lora_A"):
         raise ValueError("target_modules: an adapter on the output head would train on no score; leave lm_head out")
+    lean_layers(self.model)
     self._casts = {}
     fast_lora(self.model, self._casts)
     if self.causal.config._attn_implementation=="sdpa": self.causal.set_attn_implementation("tree")
@@ -155,7 +157,7 @@ def freeze(self:Team)->Team:
     self._flags()
     return self
 
-# %% ../nbs/machinery/team.ipynb #c016
+# %% ../nbs/machinery/team.ipynb #c018
 @patch
 def adapter_of(self:Team,
     agent:int|str|None,  # number of a role, "start", or None for the bare base
@@ -181,7 +183,7 @@ def use(self:Team,
         self._flags(); yield
     self._flags(); self._casts.clear()
 
-# %% ../nbs/machinery/team.ipynb #c017
+# %% ../nbs/machinery/team.ipynb #c019
 @patch
 def prefill(self:Team,
     prompts:list[list[int]],
@@ -205,7 +207,7 @@ def step(self:Team,
                    use_cache=True)
     return self.head(o.last_hidden_state[:,-1]), o.past_key_values
 
-# %% ../nbs/machinery/team.ipynb #c018
+# %% ../nbs/machinery/team.ipynb #c020
 @patch
 def generate(self:Team,
     agent:int|str|None,        # who speaks, as for `use`
@@ -218,7 +220,7 @@ def generate(self:Team,
     texts = self.tokenizer.batch_decode([c.ids for c in done], skip_special_tokens=True)
     return [Action(list(p), c.ids, t, c.truncated, c.logprobs) for p,c,t in zip(prompts, done, texts)]
 
-# %% ../nbs/machinery/team.ipynb #c020
+# %% ../nbs/machinery/team.ipynb #c022
 @patch
 def hidden(self:Team,
     prompts:list[list[int]],
@@ -232,7 +234,7 @@ def hidden(self:Team,
     before = [range(len(p)-1, len(p)-1+len(a)) for p,a in zip(prompts, actions)]
     return row_hidden(self.trunk, rows, before, self.pad_id), place
 
-# %% ../nbs/machinery/team.ipynb #c021
+# %% ../nbs/machinery/team.ipynb #c023
 @patch
 def logprobs(self:Team,
     agent:int|str|None,        # who is asked, as for `use`
@@ -249,13 +251,13 @@ def logprobs(self:Team,
         out = lp.new_zeros(2, *place.shape)
         return out[0].masked_scatter(place, lp), out[1].masked_scatter(place, H), place
 
-# %% ../nbs/machinery/team.ipynb #c022
+# %% ../nbs/machinery/team.ipynb #c024
 @patch
 def _score(self:Team, h, y, s, entropy_grad):
     "Log-probabilities and entropies of the ids `y` under the sampling distribution `s`."
     t = s.temperature or 1.
     if not s.top_k and s.top_p>=1:
-        out = token_logprobs(h, y, self.head, t, chunk=512 if h.is_cuda else max(1, 2**22//self.head.out_features),
+        out = token_logprobs(h, y, self.head, t, chunk=512 if h.is_cuda else max(1, 2**21//self.head.out_features),
                              entropy=entropy_grad is not None, entropy_grad=bool(entropy_grad))
         return out if entropy_grad is not None else (out, torch.zeros_like(out))
     weight,bias = head_weight(self.head)
@@ -263,7 +265,7 @@ def _score(self:Team, h, y, s, entropy_grad):
     lp = support((z if z.dtype==torch.float64 else z.float())/t, s.top_k, s.top_p, keep=y).log_softmax(-1)
     return lp.gather(-1, y[:,None])[:,0], torch.special.entr(lp.exp()).sum(-1)
 
-# %% ../nbs/machinery/team.ipynb #c024
+# %% ../nbs/machinery/team.ipynb #c026
 @patch
 @torch.no_grad()
 def features(self:Team,
@@ -287,7 +289,7 @@ def forget(self:Team):
     "Drop the remembered features."
     self._seen.clear()
 
-# %% ../nbs/machinery/team.ipynb #c025
+# %% ../nbs/machinery/team.ipynb #c027
 @patch
 @torch.no_grad()
 def token_features(self:Team,

@@ -29,7 +29,7 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Tasks": "answers task_rows tasks partition calibration observations rewards code_env",
     "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_judge sandbox_evidence sandbox_seal "
     "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
-    "Learning": "appo_config team team_store fast_lora logprobs attention prefix engine engine_vllm rollout ppo learner "
+    "Learning": "appo_config team team_store fast_lora logprobs attention prefix lean engine engine_vllm rollout ppo learner "
     "session alarms team_eval",
     "Seeing": "passk evaluations plots curves report runs_table chat",
 }
