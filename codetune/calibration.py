@@ -209,7 +209,8 @@ def sound_tasks(
         print(f"{file.name} is of an older {Path(path).name} and is not used; run `codetune calibrate` again")
         return tasks
     known = {r["task_id"] for r in found["records"]}
-    sound = usable_tasks([t for t in tasks if t["task_id"] in known], found["records"])
+    keep_partial = found.get("keep_partial", False)
+    sound = usable_tasks([t for t in tasks if t["task_id"] in known], found["records"], keep_partial)
     usable = {t["task_id"]:t for t in sound}
     kept = [usable.get(t["task_id"], t) for t in tasks if t["task_id"] in usable or t["task_id"] not in known]
     if n := len(tasks)-len(kept): print(f"{n} of {len(tasks)} tasks left out: {file.name} says why")

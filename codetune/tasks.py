@@ -203,6 +203,8 @@ def _calibrate_parser():
     add("--exec_timeout_s", type=float, default=10., help="seconds per program (default: 10)")
     add("--tasks_python", help="interpreter of the programs, e.g. .venv-tasks/bin/python (default: this one)")
     add("--n_slots", type=int, help="programs side by side (default: one per processor)")
+    add("--keep_partial", action="store_true",
+        help="training keeps tasks whose empty body earns part of the credit, and subtracts it")
     add("--output", help="JSON file of all records (default: FILE.calibration.json, which training reads)")
     return p
 
@@ -223,8 +225,8 @@ def calibrate_command(
         if output:
             known = dict(tasks_sha256=file_sha256(path)) if path.is_file() else {}
             write_json(output, dict(
-                tasks=a.tasks, **known, repeats=a.repeats, exec_timeout_s=a.exec_timeout_s, sandbox=report,
-                records=records))
+                tasks=a.tasks, **known, repeats=a.repeats, exec_timeout_s=a.exec_timeout_s,
+                keep_partial=a.keep_partial, sandbox=report, records=records))
             print(f"wrote {output}")
     except (ValueError, OSError) as e: print(f"calibrate: {e}", file=sys.stderr); return 2
     return 0 if any(r["usable"] for r in records) else 1
