@@ -13,7 +13,7 @@ import re
 GUIDE = "nbs/guides/troubleshooting.md"
 SECTIONS = [  # what the message says -> heading of the guide
     (r"out of memory|OutOfMemory|can't allocate memory|DefaultCPUAllocator", "CUDA out of memory"),
-    (r"No space left|free disk|disk is full|not enough disk|GiB, .* GiB free", "No space left on device"),
+    (r"No space left|free disk|disk is full|not enough disk|iB, .*iB free", "No space left on device"),
     (r"LoRA targets|target_modules|Target modules .* not found", "target_modules match nothing"),
     (r"not tokenized|KeyError: 'input_ids'|^'input_ids'$", "KeyError: 'input_ids'"),
     (r"bitsandbytes|load_in_4bit", "bitsandbytes is missing or cannot be used"),

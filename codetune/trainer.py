@@ -119,8 +119,8 @@ def check_disk(
     while not folder.exists(): folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise OSError(f"{what} needs {need/2**30:.2f} GiB, {folder} has {free/2**30:.2f} GiB free; "
-                      f"make room or {do}")
+        need,free = (f"{n/2**30:.2f} GiB" if n > 2**27 else f"{n/2**20:.2f} MiB" for n in (need, free))
+        raise OSError(f"{what} needs {need}, {folder} has {free} free; make room or {do}")
 
 # %% ../nbs/machinery/trainer.ipynb #c020
 @patch

@@ -25,7 +25,7 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Data": "raw_files json_values readers messages shapes workers dedup data_report chat_template chat_encode "
     "fasttok row_length mask_view convert tokenized packing",
     "Models": "embedded fixtures memory streaming safefile tensorfile audit experts4bit lowrank adapters lineage "
-    "train_data trainer oom probe progress merge_plan merge_check",
+    "sft_config train_data trainer oom probe progress merge_plan merge_check",
     "Tasks": "answers task_rows tasks partition calibration observations rewards code_env",
     "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_judge sandbox_evidence sandbox_seal "
     "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
