@@ -18,11 +18,11 @@ from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
 
-from . import sandbox_server
-from .sandbox_server import BOOT, MODULES, memory_file
-from .sandbox_slot import recv_frame, send_frame
+from . import sandbox_warm
 from .sandbox_tests import GUARD, plan
 from .sandbox_verdict import Verdict
+from .sandbox_warm import BOOT, MODULES, memory_file
+from .sandbox_wire import recv_frame, send_frame
 
 # %% ../nbs/machinery/sandbox.ipynb #c006
 class SandboxError(RuntimeError): "The sandbox itself is broken; never a reward."
@@ -49,7 +49,7 @@ def _interpreter(python):
 
 def _sources():
     "The library's own sources for the interpreters that it starts, in order of import."
-    here = Path(sandbox_server.__file__).parent
+    here = Path(sandbox_warm.__file__).parent
     return json.dumps([(m, (here/f"{m}.py").read_text(encoding="utf-8")) for m in MODULES]).encode()
 
 # %% ../nbs/machinery/sandbox.ipynb #c007

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import types
-import unittest
 
 import _signal
 
@@ -84,7 +83,9 @@ def snapshot(
 # %% ../nbs/machinery/sandbox_evidence.ipynb #c013
 _WATCHED = """builtins unittest unittest.case unittest.result unittest.suite unittest.loader unittest.signals operator math
     numpy numpy.testing numpy.testing._private.utils numpy._core.numeric numpy.core.numeric pandas.testing pandas._testing
-    pandas._testing.asserters codetune.sandbox_judge""".split()
+    pandas._testing.asserters codetune.sandbox_believe codetune.sandbox_outcomes
+    codetune.sandbox_judge""".split()
+_JUDGES = [n for n in _WATCHED if n.startswith("codetune.")]
 _CORE = ("unittest.case", "unittest.result", "unittest.suite", "codetune.", "numpy.testing._private")
 _proxy = type.__dict__["__dict__"].__get__
 
@@ -95,7 +96,7 @@ def own_names(cls:type)->dict:
 def pristine(modules:dict)->callable:   # sys.modules
     "Remember the machinery; the returned function names what has changed since, or None."
     spaces = {n: modules[n].__dict__ for n in _WATCHED if n in modules}
-    for n in ("unittest.case", "unittest.result", "unittest.suite", "contextlib", "codetune.sandbox_judge"):
+    for n in ("unittest.case", "unittest.result", "unittest.suite", "contextlib", *_JUDGES):
         for c,cls in list(modules[n].__dict__.items()) if n in modules else ():
             if isinstance(cls, type): spaces[f"{n}.{c}"] = own_names(cls)
     for c in ("DataFrame", "Series", "Index") if "pandas" in modules else ():

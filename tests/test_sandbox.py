@@ -162,7 +162,7 @@ def test_ordinary_user_suffices(tmp_path):
         (place / "codetune").mkdir()
         import codetune
         for f in Path(codetune.__file__).parent.glob("*.py"):
-            if f.stem in ("__init__", "isolation") or f.stem.startswith("sandbox"):
+            if f.stem == "__init__" or f.stem.startswith(("isolation", "sandbox")):
                 shutil.copy(f, place / "codetune" / f.name)
         place.chmod(0o755)
         code = ("from codetune.sandbox import Pool\nimport json\n"
@@ -299,6 +299,17 @@ def test_verdicts_do_not_depend_on_load():
 @pytest.mark.long
 def test_verdicts_do_not_depend_on_load_two_hundred():
     load_test(200)
+
+
+def test_nothing_is_left_for_the_next_program():
+    "Neither files nor closed directories reach the program that follows in the same slot."
+    leave = RIGHT + "\nimport os\nopen('x', 'w').close()\nos.mkdir('d')\nos.chmod('d', 0)\nos.chmod('/tmp', 0)"
+    find = "import os\nopen('y', 'w').close()\ndef task_func(a, b): return 0 if {'x', 'd'} & set(os.listdir('.')) else a + b"
+    with Pool(n_slots=1) as pool:
+        for mode in ("inprocess", "io"):
+            for solution in (leave, "import os\nos.chmod('/tmp', 0)\n" + RIGHT, find):
+                verdict = pool.check(solution, CASES["sum"], mode=mode)
+                assert verdict.passed, (solution, verdict)
 
 
 def test_many_threads_may_ask():

@@ -27,8 +27,9 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Models": "embedded fixtures memory streaming safefile tensorfile audit experts4bit lowrank adapters lineage "
     "sft_config train_data trainer oom probe progress merge_plan merge_check",
     "Tasks": "answers task_rows tasks partition calibration observations rewards code_env",
-    "Sandbox": "sandbox sandbox_server sandbox_slot sandbox_judge sandbox_evidence sandbox_seal "
-    "sandbox_io sandbox_tests sandbox_verdict isolation sandbox_attacks sandbox_canary",
+    "Sandbox": "sandbox sandbox_server sandbox_warm sandbox_slot sandbox_worker sandbox_watch sandbox_wire "
+    "sandbox_judge sandbox_believe sandbox_outcomes sandbox_evidence sandbox_seal sandbox_io sandbox_tests "
+    "sandbox_verdict isolation isolation_layers isolation_calls sandbox_attacks sandbox_canary",
     "Learning": "appo_config team team_store fast_lora logprobs attention prefix lean engine engine_vllm rollout ppo learner "
     "session alarms team_eval",
     "Seeing": "passk evaluations plots curves report runs_table chat",
