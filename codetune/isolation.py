@@ -18,9 +18,9 @@ from .isolation_calls import *
 from .isolation_layers import *
 
 # %% ../nbs/machinery/isolation.ipynb #c006
-SYSTEM = """/usr /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/ld.so.cache /etc/ld.so.conf /etc/ld.so.conf.d
-    /etc/localtime /etc/ssl/certs /etc/mime.types /etc/fonts /etc/services /etc/protocols
-    /dev/null /dev/zero /dev/full /dev/random /dev/urandom""".split()
+SYSTEM = """/usr /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/ld.so.cache /etc/ld.so.conf
+    /etc/ld.so.conf.d /etc/localtime /etc/ssl/certs /etc/mime.types /etc/fonts /etc/services
+    /etc/protocols /dev/null /dev/zero /dev/full /dev/random /dev/urandom""".split()
 SANDBOX_ID = 64321          # the user that root becomes
 _FILES = {"/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
           "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
@@ -62,7 +62,7 @@ def new_root(
     paths:list[str],   # directories that the interpreter needs, absolute
     uid:int,           # who will live here
 )->None:
-    "Build a read-only root with a private /tmp and move into it. Needs mount and process namespaces of one's own."
+    "Build a read-only root with a private /tmp and move into it, in mount and process namespaces of one's own."
     mount(None, "/", flags=REC | PRIVATE)
     keep = [p for p in dict.fromkeys(SYSTEM + paths) if os.path.exists(p)]
     keep = [p for p in keep if not any(p.startswith(q + "/") for q in keep)]
@@ -125,8 +125,9 @@ def _reachable(paths):
         parts = p.split("/")
         for q in ("/".join(parts[:i]) or "/" for i in range(1, len(parts)+1)):
             if os.path.lexists(q) and not os.access(q, os.X_OK | (os.R_OK if q==p else 0)):
-                raise PermissionError(f"{q} is closed to the user that programs run as, and this machine refuses mounts; "
-                                      f"install the interpreter of {p} where every user can read it")
+                raise PermissionError(
+                    f"{q} is closed to the user that programs run as, and this machine refuses mounts; "
+                    f"install the interpreter of {p} where every user can read it")
 
 # %% ../nbs/machinery/isolation.ipynb #c013
 def launch(
@@ -135,7 +136,7 @@ def launch(
     paths:list[str],   # directories that it needs
     namespaces:bool,   # leave the host, or only stop being root
 )->int:                # process id
-    "Start a program in a world of its own; it dies with this process. Raises `OSError` with the reason if it cannot."
+    "Start a program in a world of its own; it dies with this process. Raises `OSError` with the reason."
     r,w = os.pipe()
     me,pid = os.getpid(),os.fork()
     if pid==0:
@@ -160,7 +161,7 @@ def loopback_up():
 
 # %% ../nbs/machinery/isolation.ipynb #c015
 class Scratch:
-    "/tmp and /dev/shm of one slot, emptied by mounting new ones; directories of the interpreter below them stay."
+    "/tmp and /dev/shm of one slot, emptied by mounting new ones; the interpreter's directories there stay."
     PLACES = ("/tmp", "/dev/shm")
     def __init__(self, keep:list[str], mib:int=256):
         self.mib,self.mounted = mib,False

@@ -13,7 +13,8 @@ import os
 import platform
 
 # %% ../nbs/machinery/isolation_calls.ipynb #c006
-LIBC,_python = ctypes.CDLL(None, use_errno=True),ctypes.PyDLL(None, use_errno=True)     # without and with the GIL held
+LIBC = ctypes.CDLL(None, use_errno=True)
+_python = ctypes.PyDLL(None, use_errno=True)                   # calls that keep the interpreter's lock
 PDEATHSIG,SUBREAPER,DUMPABLE,NNP,SECCOMP,CAPBSET_DROP,AMBIENT,NAME = 1,36,4,38,22,24,47,15
 USER,PID,NET,MNT,IPC,UTS = 0x10000000,0x20000000,0x40000000,0x20000,0x8000000,0x4000000
 RDONLY,NOSUID,NODEV,NOEXEC,REMOUNT,BIND,REC,PRIVATE = 1,2,4,8,32,4096,16384,1<<18
@@ -35,8 +36,7 @@ def syscall(number:int, *args)->int:
     "A system call by number."
     return ok(LIBC.syscall(ctypes.c_long(number), *as_words(args)), f"system call {number}")
 def fork()->int:
-    """`os.fork` without what Python does around it for other threads, of which there must be none: that touches
-    two hundred pages on either side, and each is copied."""
+    "`os.fork` for a process with one thread, without what Python does around it for others: that copies pages."
     return ok(_python.fork(), "fork")
 
 # %% ../nbs/machinery/isolation_calls.ipynb #c008
@@ -53,19 +53,23 @@ def mount(source, target, kind=None, flags=0, data=None):
        f"mount {kind or source} on {target}")
 
 # %% ../nbs/machinery/isolation_calls.ipynb #c011
-_NR = dict(line.split(":") for line in """ptrace:101,117 process_vm_readv:310,270 process_vm_writev:311,271 unshare:272,97
-setns:308,268 mount:165,40 umount2:166,39 pivot_root:155,41 chroot:161,51 bpf:321,280 perf_event_open:298,241 keyctl:250,219
-add_key:248,217 request_key:249,218 userfaultfd:323,282 kexec_load:246,104 kexec_file_load:320,294 init_module:175,105
-finit_module:313,273 delete_module:176,106 reboot:169,142 swapon:167,224 swapoff:168,225 sethostname:170,161
-setdomainname:171,162 acct:163,89 quotactl:179,60 syslog:103,116 settimeofday:164,170 clock_settime:227,112
-clock_adjtime:305,266 adjtimex:159,171 name_to_handle_at:303,264 open_by_handle_at:304,265 fanotify_init:300,262
-kcmp:312,272 memfd_create:319,279 memfd_secret:447,447 shmget:29,194 semget:64,190 msgget:68,186 mq_open:240,180
-move_pages:279,239 migrate_pages:256,238 mbind:237,235 set_mempolicy:238,237 seccomp:317,277 vhangup:153,58 io_setup:206,0
-io_uring_setup:425,425 io_uring_enter:426,426 io_uring_register:427,427 open_tree:428,428 move_mount:429,429 fsopen:430,430
-fsconfig:431,431 fsmount:432,432 fspick:433,433 pidfd_getfd:438,438 mount_setattr:442,442 quotactl_fd:443,443
-iopl:172,-1 ioperm:173,-1 modify_ldt:154,-1 uselib:134,-1 clone:56,220 clone3:435,435 socket:41,198 ioctl:16,29
-setpriority:141,140 sched_setaffinity:203,122 sched_setscheduler:144,119 sched_setparam:142,118 sched_setattr:314,274
-ioprio_set:251,30 prlimit64:302,261 kill:62,129 tkill:200,130 tgkill:234,131 rt_sigqueueinfo:129,138 rt_tgsigqueueinfo:297,240 pidfd_send_signal:424,424
-capset:126,91 prctl:157,167""".split())
+_NR = dict(line.split(":") for line in """ptrace:101,117 process_vm_readv:310,270
+    process_vm_writev:311,271 unshare:272,97 setns:308,268 mount:165,40 umount2:166,39 pivot_root:155,41
+    chroot:161,51 bpf:321,280 perf_event_open:298,241 keyctl:250,219 add_key:248,217 request_key:249,218
+    userfaultfd:323,282 kexec_load:246,104 kexec_file_load:320,294 init_module:175,105
+    finit_module:313,273 delete_module:176,106 reboot:169,142 swapon:167,224 swapoff:168,225
+    sethostname:170,161 setdomainname:171,162 acct:163,89 quotactl:179,60 syslog:103,116
+    settimeofday:164,170 clock_settime:227,112 clock_adjtime:305,266 adjtimex:159,171
+    name_to_handle_at:303,264 open_by_handle_at:304,265 fanotify_init:300,262 kcmp:312,272
+    memfd_create:319,279 memfd_secret:447,447 shmget:29,194 semget:64,190 msgget:68,186 mq_open:240,180
+    move_pages:279,239 migrate_pages:256,238 mbind:237,235 set_mempolicy:238,237 seccomp:317,277
+    vhangup:153,58 io_setup:206,0 io_uring_setup:425,425 io_uring_enter:426,426
+    io_uring_register:427,427 open_tree:428,428 move_mount:429,429 fsopen:430,430 fsconfig:431,431
+    fsmount:432,432 fspick:433,433 pidfd_getfd:438,438 mount_setattr:442,442 quotactl_fd:443,443
+    iopl:172,-1 ioperm:173,-1 modify_ldt:154,-1 uselib:134,-1 clone:56,220 clone3:435,435 socket:41,198
+    ioctl:16,29 setpriority:141,140 sched_setaffinity:203,122 sched_setscheduler:144,119
+    sched_setparam:142,118 sched_setattr:314,274 ioprio_set:251,30 prlimit64:302,261 kill:62,129
+    tkill:200,130 tgkill:234,131 rt_sigqueueinfo:129,138 rt_tgsigqueueinfo:297,240
+    pidfd_send_signal:424,424 capset:126,91 prctl:157,167""".split())
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
 NR = {k: int(v.split(",")[_COLUMN]) for k,v in _NR.items()} if _COLUMN is not None else {}

@@ -12,7 +12,8 @@ import os
 import platform
 import struct
 
-from .isolation_calls import AMBIENT, CAPBSET_DROP, DUMPABLE, LIBC, NR, SECCOMP, as_words, ok, prctl, syscall
+from .isolation_calls import AMBIENT, CAPBSET_DROP, DUMPABLE, LIBC, NR, SECCOMP, as_words, ok
+from .isolation_calls import prctl, syscall
 
 # %% ../nbs/machinery/isolation_layers.ipynb #c006
 def drop_bounding():
@@ -87,7 +88,7 @@ def _rules(families, signals):
 
 # %% ../nbs/machinery/isolation_layers.ipynb #c012
 def _search(rules):
-    "Find a number among these by halving: the kernel walks the program for every call that exists when it is installed."
+    "Find a number among these by halving: on installing, the kernel walks the program once for every call."
     if len(rules)<3:
         return [b for nr,body in rules for b in (_bpf(0x15, nr, 0, len(body)), *body)] + [_ALLOW]
     low,high = _search(rules[:len(rules)//2]),_search(rules[len(rules)//2:])
@@ -99,9 +100,9 @@ def seccomp_filter(
 )->bytes:                    # a BPF program
     "The system calls of a program, as the kernel's filter wants them."
     rules = sorted((NR[n], body) for n,body in _rules(families, signals).items() if NR.get(n, -1)>=0)
-    head = [_bpf(0x20, 4), _bpf(0x15, _ARCH[platform.machine()], 1, 0), _bpf(6, 0x80000000)]     # another ABI: killed
-    head += [_bpf(0x20, 0), _bpf(0x35, 470, 0, 1), _errno(38)]                         # newer or x32: ENOSYS
-    return b"".join(head + _search(rules))
+    foreign = [_bpf(0x20, 4), _bpf(0x15, _ARCH[platform.machine()], 1, 0), _bpf(6, 0x80000000)]     # killed
+    newer = [_bpf(0x20, 0), _bpf(0x35, 470, 0, 1), _errno(38)]                         # or x32: ENOSYS
+    return b"".join(foreign + newer + _search(rules))
 
 # %% ../nbs/machinery/isolation_layers.ipynb #c013
 def seccomp(program:bytes):

@@ -43,8 +43,8 @@ def _interpreter(python):
         found = os.path.abspath(resolve_path(text))
     else: found = shutil.which(text)
     if not found or not os.access(found, os.X_OK) or os.path.isdir(found):
-        raise ValueError(f"python={text!r} is no interpreter ({found or 'not on PATH'}); `make setup-tasks` builds "
-                         ".venv-tasks/bin/python")
+        raise ValueError(f"python={text!r} is no interpreter ({found or 'not on PATH'}); "
+                         "`make setup-tasks` builds .venv-tasks/bin/python")
     return found
 
 def _sources():
@@ -63,13 +63,16 @@ class Pool:
         allow_unsafe:bool=False,  # accept resource limits alone, without isolation
         off:tuple=(),             # layers to leave out, to see what each is for; never in earnest
     ):
-        if require not in (None, "A", "B", "C"): raise ValueError(f"require={require!r} is not one of A, B, C")
+        if require not in (None, "A", "B", "C"):
+            raise ValueError(f"require={require!r} is not one of A, B, C")
         if n_slots is not None and n_slots<1: raise ValueError(f"n_slots={n_slots} must be at least 1")
         if sys.platform!="linux":
-            raise SandboxError(f"programs are isolated by Linux, this is {sys.platform}; use a Linux container or machine")
+            raise SandboxError(f"programs are isolated by Linux, this is {sys.platform}; "
+                               "use a Linux container or machine")
         self.n_slots,self.python = n_slots or os.cpu_count(),_interpreter(python)
         self.require,self.allow_unsafe,self.off = require,allow_unsafe,list(off)
-        self._pending,self._lock,self._next,self._room = {},threading.RLock(),0,threading.BoundedSemaphore(4096)
+        self._pending,self._lock,self._next = {},threading.RLock(),0
+        self._room = threading.BoundedSemaphore(4096)
         self._closed,self._proc,self._why = False,None,"it was killed"
         self._start()
     def __enter__(self): return self
@@ -86,11 +89,11 @@ def _start(self):
             str(theirs.fileno()), json.dumps(config)]
     self._proc = subprocess.Popen(argv, pass_fds=[src, src2, theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close(); os.close(src); os.close(src2)
-    hello = recv_frame(self._sock)[0]
-    if not hello or "error" in hello: raise SandboxError((hello or {}).get("error",
-                                                                           "the supervisor did not start"))
+    hello = recv_frame(self._sock)[0] or {"error": "the supervisor did not start"}
+    if "error" in hello: raise SandboxError(hello["error"])
     threading.Thread(target=self._deliver, args=(self._sock,), daemon=True).start()
 
+# %% ../nbs/machinery/sandbox.ipynb #c009
 def _deliver(self, sock):
     "Hand answers to their futures; when the supervisor dies, start another and ask once more."
     while True:
@@ -105,7 +108,7 @@ def _deliver(self, sock):
 
 Pool._start,Pool._deliver = _start,_deliver
 
-# %% ../nbs/machinery/sandbox.ipynb #c009
+# %% ../nbs/machinery/sandbox.ipynb #c010
 def _restart(self):
     "The supervisor died: what it had is asked once more, then answered `internal`."
     with self._lock:
@@ -125,6 +128,7 @@ def _restart(self):
             for request in again: send_frame(self._sock, request)
         except OSError: pass                # the reader sees the same end and restarts once more
 
+# %% ../nbs/machinery/sandbox.ipynb #c011
 def _fail(self, error):
     "No supervisor can be had: every waiting caller is told."
     self._closed = True
@@ -146,7 +150,7 @@ def _ask(self, request):
 
 Pool._restart,Pool._fail,Pool._ask = _restart,_fail,_ask
 
-# %% ../nbs/machinery/sandbox.ipynb #c010
+# %% ../nbs/machinery/sandbox.ipynb #c012
 def submit(
     self,
     solution:str,                 # the program
@@ -158,14 +162,17 @@ def submit(
     entry_point:str="task_func",  # the function that the tests call
 )->Future:                        # of a Verdict
     "Queue one program. Raises `ValueError` where the tests define no test; waits while 4,096 are queued."
-    if mode not in ("auto", "inprocess", "io"): raise ValueError(f"mode={mode!r} is not one of auto, inprocess, io")
+    if mode not in ("auto", "inprocess", "io"):
+        raise ValueError(f"mode={mode!r} is not one of auto, inprocess, io")
     if timeout<=0 or mem_mib<=0: raise ValueError(f"timeout={timeout} and mem_mib={mem_mib} must be positive")
     p = plan(test, entry_point)
     chosen = ("io" if p.io else "inprocess") if mode=="auto" else mode
-    return self._ask(dict(solution=solution, test=test, guarded=p.guarded, guard=GUARD, expected=p.expected,
-                          sealable=p.sealable, borrowed=p.borrowed, lent=p.lent, timeout=float(timeout), mem_mib=int(mem_mib), mode=chosen,
-                          auto=mode=="auto", entry_point=entry_point, set=_import_set(solution, test)))
+    what = dict(solution=solution, test=test, entry_point=entry_point, set=_import_set(solution, test))
+    how = dict(timeout=float(timeout), mem_mib=int(mem_mib), mode=chosen, auto=mode=="auto", guard=GUARD)
+    planned = {k: getattr(p, k) for k in ("guarded", "expected", "sealable", "borrowed", "lent")}
+    return self._ask(what | how | planned)
 
+# %% ../nbs/machinery/sandbox.ipynb #c013
 def check_(self, solution, test, **kw)->Verdict:
     "Run one program and wait; arguments as for `submit`."
     return self.submit(solution, test, **kw).result()
@@ -176,6 +183,7 @@ def map_(self, pairs, **kw)->list:
     futures = {p: self.submit(*p, **kw) for p in dict.fromkeys(pairs)}
     return [futures[p].result() for p in pairs]
 
+# %% ../nbs/machinery/sandbox.ipynb #c014
 def report(self)->dict:
     "Layers, mode and interpreters of this pool."
     return self._ask(dict(report=1)).result()
@@ -190,7 +198,7 @@ def close(self):
 
 Pool.submit,Pool.check,Pool.map,Pool.report,Pool.close = submit,check_,map_,report,close
 
-# %% ../nbs/machinery/sandbox.ipynb #c013
+# %% ../nbs/machinery/sandbox.ipynb #c017
 @lru_cache
 def _shared_pool(python): return Pool(n_slots=1, python=python)
 

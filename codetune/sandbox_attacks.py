@@ -28,7 +28,10 @@ _CASES = dict(
     numpy="""    def test_array(self):
         import numpy as np
         np.testing.assert_array_equal(task_func(2, 3), np.array([2, 3]))""",
-    secret="    def test_secret(self): self.assertEqual(task_func(), int('271828182845-is-the-code'[:12]))",
+    secret="    def test_secret(self): self.assertEqual(task_func(), int('271828182845-is-the-code'[:12]))")
+
+# %% ../nbs/machinery/sandbox_attacks.ipynb #c007
+_CASES |= dict(
     exit="""    def test_exit(self):
         with self.assertRaises(SystemExit): task_func()""",
     mock="""    def test_mock(self):
@@ -52,6 +55,8 @@ _CASES = dict(
         import random
         random.seed(1); a = task_func()
         random.seed(1); self.assertEqual(a, random.randint(1, 100))""")
+
+# %% ../nbs/machinery/sandbox_attacks.ipynb #c008
 CASES = {n: f"import unittest\nclass TestCases(unittest.TestCase):\n{body}\n" for n,body in _CASES.items()}
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Attack:
     mode:str = ""     # the only mode in which it makes sense
     residue:str = ""  # the mode in which it is known to win
 
-# %% ../nbs/machinery/sandbox_attacks.ipynb #c007
+# %% ../nbs/machinery/sandbox_attacks.ipynb #c009
 _SPECIAL = {"%NUL%": chr(0), "%SURROGATE%": chr(0xd800), "%NESTED%": "["*5000 + "]"*5000,
             "%HUGE%": "x"*20_000_000}
 
@@ -89,7 +94,7 @@ def load_attacks(
     return [_parse(f.stem, b) for f in files if classes is None or f.stem in classes
             for b in ("\n" + f.read_text(encoding="utf-8")).split("\n## ")[1:]]
 
-# %% ../nbs/machinery/sandbox_attacks.ipynb #c010
+# %% ../nbs/machinery/sandbox_attacks.ipynb #c012
 def _source(attack, canary):
     "The program, told where the canaries are if it looks for them."
     return f"CANARY = {canary.info!r}\n{attack.source}" if "CANARY" in attack.source else attack.source
@@ -116,12 +121,13 @@ def right(
     if attack.cls=="persist": return True               # the canary tells; doing the sum is no crime
     return verdict.status in attack.expect if attack.expect else verdict.status!="passed"
 
-# %% ../nbs/machinery/sandbox_attacks.ipynb #c011
+# %% ../nbs/machinery/sandbox_attacks.ipynb #c013
 def _row(attack, mode, verdict, known):
     return dict(name=attack.name, cls=attack.cls, mode=mode, status=verdict.status, ok=right(attack, verdict),
                 wall_s=round(verdict.wall_s, 3), residue=attack.residue==mode, control=known.get(attack.name),
                 layers=verdict.layers, output=verdict.output[-300:])
 
+# %% ../nbs/machinery/sandbox_attacks.ipynb #c014
 def attack_suite(
     classes=None,              # classes of attacks; None for all
     names=None,                # only these programs
@@ -132,18 +138,21 @@ def attack_suite(
     require:str=None,          # weakest acceptable class
     allow_unsafe:bool=False,   # accept limits alone
     off:tuple=(),              # layers to leave out
-)->list[dict]:                 # a row for each program and mode; `ok` False is an escape, a forgery or a refusal
+)->list[dict]:                 # a row for each program and mode; `ok` False: an escape, a forgery or a refusal
     "Run the attacks. Harm to a canary makes every row of that class and mode wrong."
     attacks,rows = [a for a in load_attacks(classes) if names is None or a.name in names],[]
     with Canary() as canary:
         known = {a.name: control(a, canary) for a in attacks if a.control} if controls else {}
         canary.reset()
-        with Pool(n_slots=n_slots, python=python, require=require, allow_unsafe=allow_unsafe, off=off) as pool:
-            groups = [(mode, cls) for mode in modes for cls in dict.fromkeys(a.cls for a in attacks)]
-            for mode,cls in groups: rows += _group(pool, canary, mode, known,
-                                                   [a for a in attacks if a.cls==cls and a.mode in ("", mode)])
+        kind = dict(n_slots=n_slots, python=python, require=require, allow_unsafe=allow_unsafe, off=off)
+        with Pool(**kind) as pool:
+            for mode in modes:
+                for cls in dict.fromkeys(a.cls for a in attacks):
+                    these = [a for a in attacks if a.cls==cls and a.mode in ("", mode)]
+                    rows += _group(pool, canary, mode, known, these)
     return rows
 
+# %% ../nbs/machinery/sandbox_attacks.ipynb #c015
 def _group(pool, canary, mode, known, attacks):
     "The programs of one class in one mode."
     futures = [pool.submit(_source(a, canary), CASES[a.test], timeout=a.timeout, mem_mib=a.mem, mode=mode)
@@ -153,12 +162,14 @@ def _group(pool, canary, mode, known, attacks):
     if harm: canary.reset()
     return [r | dict(ok=r["ok"] and not harm, harm=harm) for r in rows]
 
+# %% ../nbs/machinery/sandbox_attacks.ipynb #c016
 def attack_summary(
     rows:list[dict],   # from `attack_suite`
 )->tuple[bool,str]:    # nothing but the residue got through; one line that says so
     "What the attacks achieved."
-    bad = sorted({f"{r['name']} ({r['mode']}: {r['status']})" for r in rows if not r["ok"] and not r["residue"]})
-    won = sorted({r["name"] for r in rows if not r["ok"] and r["residue"]})
+    lost = [r for r in rows if not r["ok"]]
+    bad = sorted({f"{r['name']} ({r['mode']}: {r['status']})" for r in lost if not r["residue"]})
+    won = sorted({r["name"] for r in lost if r["residue"]})
     text = f"{len({r['name'] for r in rows})} programs, {len(rows)} verdicts: "
     text += "GOT THROUGH: " + ", ".join(bad) if bad else "nothing got through"
     return not bad, text + (f"; residue in one process: {', '.join(won)}" if won else "")

@@ -13,9 +13,9 @@ import types
 from .sandbox_evidence import trusted
 
 # %% ../nbs/machinery/sandbox_believe.ipynb #c006
-HOOKS = """__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__ __sub__ __rsub__ __abs__ __round__ __array_ufunc__
-    __array_function__ __class__ __getattr__ __getattribute__ equals all any startswith endswith isdisjoint issubset
-    issuperset""".split()
+HOOKS = """__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__ __sub__ __rsub__ __abs__ __round__
+    __array_ufunc__ __array_function__ __class__ __getattr__ __getattribute__ equals all any startswith
+    endswith isdisjoint issubset issuperset""".split()
 PLAIN = frozenset((int, float, str, bool, bytes, complex, type(None), types.FunctionType, range, slice))
 _mro,_dict = type.__dict__["__mro__"].__get__,type.__dict__["__dict__"].__get__
 

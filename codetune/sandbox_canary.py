@@ -28,7 +28,8 @@ class Canary:
         self.file,self.shm = f"{self.dir}/secret.txt",f"/dev/shm/codetune-canary-{self.hint}"
         self.info = dict(dir=self.dir, file=self.file, shm=self.shm, hint=self.hint, sleep=f"3{n}.{n}",
                          fifo=f"{self.dir}/fifo",
-                         left=f"/tmp/codetune-left-{self.hint}", shm_left=f"/dev/shm/codetune-left-{self.hint}",
+                         left=f"/tmp/codetune-left-{self.hint}",
+                         shm_left=f"/dev/shm/codetune-left-{self.hint}",
                          unix=f"{self.dir}/socket", abstract=f"codetune-{self.hint}")
         os.mkfifo(self.info["fifo"]); os.chmod(self.info["fifo"], 0o666)
         self.fds = [os.open(self.info["fifo"], os.O_RDWR | os.O_NONBLOCK)]
@@ -41,11 +42,10 @@ class Canary:
 # %% ../nbs/machinery/sandbox_canary.ipynb #c007
 def _listen(self):
     "Answer every connection with the secret."
-    kinds = [("tcp", socket.AF_INET, ("127.0.0.1", 0)), ("http", socket.AF_INET, ("127.0.0.1", 0)),
-             ("tcp6", socket.AF_INET6, ("::1", 0)),
-             ("unix", socket.AF_UNIX, self.info["unix"]), ("abstract", socket.AF_UNIX, "\0"
-                                                           + self.info["abstract"]),
-             ("udp", socket.AF_INET, ("127.0.0.1", 0))]
+    here = ("127.0.0.1", 0)
+    kinds = [("tcp", socket.AF_INET, here), ("http", socket.AF_INET, here), ("udp", socket.AF_INET, here),
+             ("tcp6", socket.AF_INET6, ("::1", 0)), ("unix", socket.AF_UNIX, self.info["unix"]),
+             ("abstract", socket.AF_UNIX, "\0" + self.info["abstract"])]
     self.poll = selectors.DefaultSelector()
     for name,family,address in kinds:
         s = socket.socket(family, socket.SOCK_DGRAM if name=="udp" else socket.SOCK_STREAM)
@@ -58,6 +58,7 @@ def _listen(self):
     self.stop,self.wake = socket.socketpair(); self.poll.register(self.stop, selectors.EVENT_READ, "stop")
     self.thread = threading.Thread(target=self.answer, daemon=True); self.thread.start()
 
+# %% ../nbs/machinery/sandbox_canary.ipynb #c008
 def _answer(self):
     text = self.hint.encode()
     while True:
@@ -69,7 +70,7 @@ def _answer(self):
 
 Canary.listen,Canary.answer = _listen,_answer
 
-# %% ../nbs/machinery/sandbox_canary.ipynb #c008
+# %% ../nbs/machinery/sandbox_canary.ipynb #c009
 def _marked(self):
     "Processes of attacks that are still alive anywhere on the machine."
     found = []
@@ -89,10 +90,13 @@ def _harm(self):
     left = [p for p in (self.info["left"], self.info["shm_left"]) if os.path.lexists(p)]
     got = []
     with contextlib.suppress(BlockingIOError): got.append(os.read(self.fds[0], 64))
-    return ([f"changed: {self.state()} was {self.was}"] if self.state()!=self.was else []) + \
-           ([f"left {left}"] if left else []) + ([f"wrote {got}"] if got else []) + [f"process {p}"
-                                                                                     for p in self.marked()]
+    changed = [f"changed: {self.state()} was {self.was}"]*(self.state()!=self.was)
+    alive = [f"process {p}" for p in self.marked()]
+    return changed + [f"left {left}"]*bool(left) + [f"wrote {got}"]*bool(got) + alive
 
+Canary.marked,Canary.state,Canary.harm = _marked,_state,_harm
+
+# %% ../nbs/machinery/sandbox_canary.ipynb #c010
 def _reset(self):
     "Put everything back."
     for p in self.marked(): os.kill(p, signal.SIGKILL)
@@ -108,13 +112,15 @@ def _reset(self):
     if not self.process or self.process.poll() is not None: self.plant()
     self.was = self.state()
 
+Canary.reset = _reset
+
+# %% ../nbs/machinery/sandbox_canary.ipynb #c011
 def _plant(self):
     "A process of the user that programs run as, deaf to the signals that attacks try."
     who = dict(user=SANDBOX_ID, group=SANDBOX_ID, extra_groups=[]) if os.getuid()==0 else {}
-    self.process = subprocess.Popen(["sh", "-c", "trap '' USR1 USR2; echo; while read x; do :; done", "sh",
-                                     self.info["sleep"]], stdin=subprocess.PIPE,
-                                    stdout=subprocess.PIPE, cwd=self.dir, env=dict(os.environ,
-                                                                                   TOKEN=self.hint), start_new_session=True, **who)
+    argv = ["sh", "-c", "trap '' USR1 USR2; echo; while read x; do :; done", "sh", self.info["sleep"]]
+    self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.dir,
+                                    env=dict(os.environ, TOKEN=self.hint), start_new_session=True, **who)
     self.process.stdout.readline()
     self.info["pid"] = self.process.pid
 
@@ -124,9 +130,9 @@ def _exit(self, *_):
     for f in self.fds: os.close(f)
     shutil.rmtree(self.dir); os.remove(self.shm); os.environ.pop("CODETUNE_CANARY_TOKEN", None)
 
-Canary.marked,Canary.state,Canary.harm,Canary.reset,Canary.plant,Canary.__exit__ = _marked,_state,_harm,_reset,_plant,_exit
+Canary.plant,Canary.__exit__ = _plant,_exit
 
-# %% ../nbs/machinery/sandbox_canary.ipynb #c011
+# %% ../nbs/machinery/sandbox_canary.ipynb #c014
 _INPROCESS = """import sys, types, unittest
 module = types.ModuleType("__test__"); sys.modules["__test__"] = module
 exec(open(sys.argv[1]).read(), module.__dict__)
@@ -134,6 +140,7 @@ result = unittest.TestResult()
 unittest.TestLoader().loadTestsFromTestCase(module.TestCases).run(result)
 print("VERDICT", result.wasSuccessful(), flush=True)
 """
+_MAIN = "\nif __name__=='__main__': unittest.main()\n"
 _PIPE = """import sys, types, unittest, os, json
 fd = int(sys.argv[2])
 module = types.ModuleType("__test__"); sys.modules["__test__"] = module
@@ -143,6 +150,7 @@ unittest.TestLoader().loadTestsFromTestCase(module.TestCases).run(result)
 os.write(fd, json.dumps({"passed": result.wasSuccessful()}).encode())
 """
 
+# %% ../nbs/machinery/sandbox_canary.ipynb #c015
 def run_weakly(
     runner:str,          # plain, words, inprocess or pipe
     program:str,         # solution and tests
@@ -153,15 +161,12 @@ def run_weakly(
     "Run a program the way that it is done elsewhere. Not for programs that you do not know."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as d:
         path,(r,w) = f"{d}/program.py",os.pipe()
-        with open(path, "w", encoding="utf-8", errors="surrogatepass") as f: f.write(program
-                                                                                     + "\nif __name__=='__main__': unittest.main()\n")
-        argv = {"inprocess": ["-c", _INPROCESS, path], "pipe": ["-c", _PIPE, path, str(w)]}.get(runner,
-                                                                                                [path])
+        with open(path, "w", encoding="utf-8", errors="surrogatepass") as f: f.write(program + _MAIN)
+        how = {"inprocess": ["-c", _INPROCESS, path], "pipe": ["-c", _PIPE, path, str(w)]}
         os.set_inheritable(w, True)
         with open(f"{d}/out", "wb") as out:
-            p = subprocess.Popen([python or sys.executable, *argv], stdout=out, stderr=out,
-                                 stdin=subprocess.DEVNULL, close_fds=False, cwd=d,
-                                 env=env, start_new_session=True)
+            p = subprocess.Popen([python or sys.executable, *how.get(runner, [path])], stdin=subprocess.DEVNULL,
+                                 stdout=out, stderr=out, close_fds=False, cwd=d, env=env, start_new_session=True)
         os.close(w)
         try: code = p.wait(timeout)
         except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL); code = p.wait()
@@ -170,7 +175,6 @@ def run_weakly(
         with contextlib.suppress(BlockingIOError): told = os.read(r, 65536)
         os.close(r)
         with open(f"{d}/out", "rb") as f: text = f.read()[-4000:].decode(errors="replace").strip()
-    if runner=="pipe": return "passed" if told.startswith(b'{"passed": true}') else "failed"
-    if runner=="words": return "passed" if text.endswith("OK") else "failed"
-    if runner=="plain": return "passed" if code==0 else "failed"
+    won = dict(pipe=told.startswith(b'{"passed": true}'), words=text.endswith("OK"), plain=code==0)
+    if runner in won: return "passed" if won[runner] else "failed"
     return "passed" if text.endswith("VERDICT True") else "failed" if "VERDICT" in text else "died"

@@ -47,7 +47,7 @@ def _versions_move():
     m,seen = types.ModuleType("m"),[]
     d = m.__dict__; word = version(d)
     def look(): seen.append(word.value)
-    for i in range(1, 65):                                     # often enough for the interpreter to specialise
+    for i in range(1, 65):                                     # often enough for Python to specialise
         m.f = i; look(); d["f"] = -i; look(); d["g"] = i; look(); del d["g"]; look(); m.g = i; look()
         del m.g; look(); d.update(f=i/2); look(); d.setdefault("g", i); look(); d.pop("g"); look()
     return len(set(seen))==len(seen)
@@ -55,16 +55,21 @@ def _versions_move():
 _VERSIONED = _versions_move()
 _MOCKED = set("open input print __import__ _ exit quit help copyright credits license".split())
 
+# %% ../nbs/machinery/sandbox_evidence.ipynb #c012
 def _callables(names):
-    return {n: v for n,v in list(names.items()) if n not in _MOCKED and (callable(v) or hasattr(v, "__func__"))}
+    "What can be called, also through a wrapper."
+    found = {n: v for n,v in list(names.items()) if callable(v) or hasattr(v, "__func__")}
+    return {n: v for n,v in found.items() if n not in _MOCKED}
 
+# %% ../nbs/machinery/sandbox_evidence.ipynb #c013
 def snapshot(
     spaces:dict,       # what to call it -> names of a module or class
     core=("",),        # beginnings of what it is called, where functions are looked into too
-)->callable:           # names what has changed since, or None; asked with False it does not look into functions
+)->callable:           # names what has changed since, or None; with False it does not look into functions
     "Remember the callables of modules and classes."
     old = [(n, names, _callables(names)) for n,names in spaces.items()]
-    views = [(f"{n}.{k}", w) for n,_,found in old if n.startswith(core) for k,v in found.items() if (w := parts(v))]
+    deep = [(f"{n}.{k}", v) for n,_,found in old if n.startswith(core) for k,v in found.items()]
+    views = [(name, w) for name,v in deep if (w := parts(v))]
     words,looks = [version(names) for names in spaces.values()],[w for _,w in views]
     seen,were = [w.value for w in words] if _VERSIONED else None,[w.raw for w in looks]
     def renamed():
@@ -80,11 +85,11 @@ def snapshot(
             return next(name for (name,w),raw in zip(views, were) if w.raw!=raw)
     return changed
 
-# %% ../nbs/machinery/sandbox_evidence.ipynb #c013
-_WATCHED = """builtins unittest unittest.case unittest.result unittest.suite unittest.loader unittest.signals operator math
-    numpy numpy.testing numpy.testing._private.utils numpy._core.numeric numpy.core.numeric pandas.testing pandas._testing
-    pandas._testing.asserters codetune.sandbox_believe codetune.sandbox_outcomes
-    codetune.sandbox_judge""".split()
+# %% ../nbs/machinery/sandbox_evidence.ipynb #c015
+_WATCHED = """builtins operator math unittest unittest.case unittest.result unittest.suite
+    unittest.loader unittest.signals numpy numpy.testing numpy.testing._private.utils
+    numpy._core.numeric numpy.core.numeric pandas.testing pandas._testing pandas._testing.asserters
+    codetune.sandbox_believe codetune.sandbox_outcomes codetune.sandbox_judge""".split()
 _JUDGES = [n for n in _WATCHED if n.startswith("codetune.")]
 _CORE = ("unittest.case", "unittest.result", "unittest.suite", "codetune.", "numpy.testing._private")
 _proxy = type.__dict__["__dict__"].__get__
@@ -103,19 +108,22 @@ def pristine(modules:dict)->callable:   # sys.modules
         spaces[f"pandas.{c}"] = own_names(getattr(modules["pandas"], c))
     return snapshot(spaces, _CORE)
 
-# %% ../nbs/machinery/sandbox_evidence.ipynb #c016
-_EVENTS = set("""sys._getframe sys._current_frames sys._current_exceptions sys.settrace sys.setprofile sys.addaudithook
-    sys.monitoring.register_callback gc.get_objects gc.get_referrers gc.get_referents code.__new__ function.__new__
-    object.__getattr__ object.__setattr__ object.__delattr__ compile open os.chdir ctypes.dlopen ctypes.dlsym
-    ctypes.dlsym/handle ctypes.addressof ctypes.cdata ctypes.cdata/buffer ctypes.string_at ctypes.PyObj_FromPtr""".split())
+# %% ../nbs/machinery/sandbox_evidence.ipynb #c018
+_EVENTS = set("""sys._getframe sys._current_frames sys._current_exceptions sys.settrace sys.setprofile
+    sys.addaudithook sys.monitoring.register_callback gc.get_objects gc.get_referrers gc.get_referents
+    code.__new__ function.__new__ object.__getattr__ object.__setattr__ object.__delattr__ compile open
+    os.chdir ctypes.dlopen ctypes.dlsym ctypes.dlsym/handle ctypes.addressof ctypes.cdata
+    ctypes.cdata/buffer ctypes.string_at ctypes.PyObj_FromPtr""".split())
 _DOORS = ("inspect.py", "traceback.py", "bdb.py", "pdb.py", "trace.py", f"logging{os.sep}__init__.py",
           f"ctypes{os.sep}__init__.py", f"ctypes{os.sep}util.py", f"importlib{os.sep}__init__.py")
 _LEAKS = f"asyncio{os.sep}base_tasks.py"
 _FRAMES = {"tb_frame", "gi_frame", "cr_frame", "ag_frame", "f_code"}
-_FETCH = {"sys._getframe": ("_getframe", "currentframe", "_getframemodulename"), "sys._current_frames": ("_current_frames",),
+_FETCH = {"sys._getframe": ("_getframe", "currentframe", "_getframemodulename"),
+          "sys._current_frames": ("_current_frames",),
           "sys._current_exceptions": ("_current_exceptions",)}
 _MEMORY = ("mem", "maps", "smaps", "fd", "fdinfo", "map_files")
 
+# %% ../nbs/machinery/sandbox_evidence.ipynb #c019
 def _is_test(f):
     "Is this function one of the test methods?"
     name = getattr(f, "__qualname__", "")
@@ -139,7 +147,7 @@ def _matters(event, args):
     if event in ("open", "os.chdir"): return _own_process(args[0], event=="os.chdir")
     return True
 
-# %% ../nbs/machinery/sandbox_evidence.ipynb #c017
+# %% ../nbs/machinery/sandbox_evidence.ipynb #c020
 def _behind(f, ours):
     "The first frame of the solution's above this one; the outermost if the harness is not among its callers."
     while f.f_back and ours(f.f_code.co_filename):
@@ -162,6 +170,7 @@ def _culprit(event, args, f, ours):
     while f and not once and f.f_code.co_filename==first: f = f.f_back
     return f if f and not ours(f.f_code.co_filename) else None
 
+# %% ../nbs/machinery/sandbox_evidence.ipynb #c021
 def witness(
     say,             # called with one bytes line
     test:str="",     # source of the tests; a task about ctypes may use it
@@ -179,7 +188,7 @@ def witness(
         finally: busy.clear()
     return hook
 
-# %% ../nbs/machinery/sandbox_evidence.ipynb #c020
+# %% ../nbs/machinery/sandbox_evidence.ipynb #c024
 def _keep(real):
     "Install what is sent; nobody else can reach `real`."
     answer = None
@@ -201,4 +210,4 @@ def blind_handlers():
         old,error = send((signalnum, handler if plain else blind))
         if error: raise error
         return own(old)
-    _signal.signal,_signal.getsignal = install,lambda signalnum: own(show(signalnum))      # `signal` calls these
+    _signal.signal,_signal.getsignal = install,lambda signalnum: own(show(signalnum))  # `signal` calls these

@@ -136,7 +136,7 @@ def serve(
     job = receive(fd)
     module = sys.modules["__test__"] = types.ModuleType("__test__")
     error = load(module, job["solution"], "<solution>")
-    for name,value in _borrow(job["lent"]).items(): module.__dict__.setdefault(name, value)    # as in one process
+    for name,value in _borrow(job["lent"]).items(): module.__dict__.setdefault(name, value)  # as in one process
     if not error and job["entry_point"] not in module.__dict__:
         error = f"NameError: the program defines no {job['entry_point']}"
     send(fd, dict(loaded=not error, message=error))
@@ -185,6 +185,7 @@ def _borrow(names):
             found[name] = getattr(m, attribute) if attribute else m
     return found
 
+# %% ../nbs/machinery/sandbox_io.ipynb #c020
 def judge(
     job:dict,   # solution, test, expected, entry_point
     fd:int,     # socket to the worker
@@ -210,9 +211,9 @@ def judge(
                 messages="\n".join(outcomes.notes)[-8000:], tampered=[],
                 unfit=call.unfit)
 
-# %% ../nbs/machinery/sandbox_io.ipynb #c022
-_PIECE = dict(entry_point="task_func", expected=["test_fails", "test_passes", "test_raises"], lent={"math": ["math", ""]},
-              solution="def task_func(x): return [x, str(x)]", test="""import unittest
+# %% ../nbs/machinery/sandbox_io.ipynb #c023
+_PIECE = dict(entry_point="task_func", expected=["test_fails", "test_passes", "test_raises"],
+              lent={"math": ["math", ""]}, solution="def task_func(x): return [x, str(x)]", test="""import unittest
 class TestCases(unittest.TestCase):
     def test_passes(self): self.assertEqual(task_func(1), [1, "1"])
     def test_fails(self): self.assertEqual(task_func({2: .5}), (2, ""))

@@ -37,7 +37,7 @@ def canary(case:type)->bool:
     token = os.urandom(8).hex()
     tests = {f"test_{token}{i}": f for i,f in enumerate(_wrong(token, token[::-1] + "x"))}
     quiet = dict(setUp=_nothing, tearDown=_nothing, setUpClass=classmethod(_nothing),
-                 tearDownClass=classmethod(_nothing), _diffThreshold=0)        # nobody reads how the texts differ
+                 tearDownClass=classmethod(_nothing), _diffThreshold=0)   # nobody reads how the texts differ
     cls = type(f"T{token}", (case,), quiet | tests | {"__module__": "__test__"})
     result = Outcomes(tell=lambda e: "")
     for name in tests: cls(name).run(result)
@@ -72,8 +72,9 @@ def load(
     "Execute one source in a module; a failure is returned as text, whatever was raised."
     try:
         with warnings.catch_warnings():
-            if get: warnings.simplefilter("ignore", SyntaxWarning)      # a mark looks like a text that is called
-            code = marshal.loads(source) if type(source) is bytes else compile(source, name, "exec", dont_inherit=True)
+            if get: warnings.simplefilter("ignore", SyntaxWarning)     # a mark looks like a text being called
+            ready = type(source) is bytes
+            code = marshal.loads(source) if ready else compile(source, name, "exec", dont_inherit=True)
         exec(bind(code, get) if get else code, module.__dict__)
     except BaseException as e: return explain(e)[-4000:]
     return ""
@@ -119,25 +120,35 @@ class Watchman:
         if c := self.changed(inside) or self.bent(inside): self.find(f"{where}: {c} was changed")
     def sing(self, case):
         if "canaries" not in self.off and not canary(case): self.find("a canary did not fail")
-    def begin(self, cases):
-        "The tests are loaded."
-        self.cases,self.bent = cases,_shadowed(cases)
-        if "canaries" not in self.off and any(map(_lineage, cases)): self.find("a test class inherits from the solution")
-        for c in self.sealed: seal(c)
-    def before(self):
-        self.look("between tests", inside=False)
-        if self.count==self.place: self.sing(self.cases[0])
-        self.count += 1
-        if self.seal_cases: self.close(True)
-    def close(self, on):
-        "While a test runs its class is sealed; unittest itself writes to it in between."
-        for c in self.cases: seal(c, on)
-    def end(self):
-        self.close(False)
-        self.look("at the end"); self.sing(self.cases[-1])
-        for c in self.sealed: seal(c, False)
 
 # %% ../nbs/machinery/sandbox_judge.ipynb #c013
+def _begin(self, cases):
+    "The tests are loaded."
+    self.cases,self.bent = cases,_shadowed(cases)
+    inherits = "canaries" not in self.off and any(map(_lineage, cases))
+    if inherits: self.find("a test class inherits from the solution")
+    for c in self.sealed: seal(c)
+
+def _before(self):
+    "A test is about to run."
+    self.look("between tests", inside=False)
+    if self.count==self.place: self.sing(self.cases[0])
+    self.count += 1
+    if self.seal_cases: self.close(True)
+
+def _close(self, on):
+    "While a test runs its class is sealed; unittest itself writes to it in between."
+    for c in self.cases: seal(c, on)
+
+def _end(self):
+    "No test is left."
+    self.close(False)
+    self.look("at the end"); self.sing(self.cases[-1])
+    for c in self.sealed: seal(c, False)
+
+Watchman.begin,Watchman.before,Watchman.close,Watchman.end = _begin,_before,_close,_end
+
+# %% ../nbs/machinery/sandbox_judge.ipynb #c014
 def run_tests(
     job:dict,               # solution, test, expected, guard (mark of what the rewritten tests call), off
     changed=lambda inside: None,  # names what differs from the pristine copies
@@ -165,7 +176,7 @@ def run_tests(
     return dict(tests={n: words.get(n, "error") for n in expected},
                 messages="\n".join(outcomes.notes)[-8000:], tampered=watch.tampered)
 
-# %% ../nbs/machinery/sandbox_judge.ipynb #c017
+# %% ../nbs/machinery/sandbox_judge.ipynb #c018
 _PIECE = dict(guard="\0", expected=[f"test_{i}" for i in range(5)], solution="""import collections
 def task_func(x): return sorted(collections.Counter([x, x]).items())""", test=r"""import unittest
 class TestCases(unittest.TestCase):

@@ -51,6 +51,9 @@ def _attempt(self, namespaces):
         self.notes.append(("namespaces: " if namespaces else "") + head["error"]); self.drop("std")
     return head
 
+Server.attempt = _attempt
+
+# %% ../nbs/machinery/sandbox_server.ipynb #c008
 def _settle(self):
     "Find the strongest class that works here, by starting a slot in it; refuse what is too weak."
     head = self.attempt(True) if "namespaces" not in self.config["off"] else {"error": "left out"}
@@ -60,7 +63,7 @@ def _settle(self):
     for s in self.owner: self.owner[s].slots[s] = "idle"
     cls,least = self.layers[0],self.config["require"] or ("C" if self.config["allow_unsafe"] else "B")
     if cls > least:
-        advice = [] if self.config["require"] else ["allow_unsafe=True accepts it for programs that you trust"]
+        advice = ["allow_unsafe=True accepts it for programs that you trust"]*(not self.config["require"])
         weak = f"isolation class {cls} ({self.layers[2:]}) is weaker than {least}"
         raise OSError("; ".join([weak, *self.notes, *advice]))
 
@@ -70,9 +73,9 @@ def _drop(self, name):
     for s in list(warm.slots) if warm else (): self.lost(s)
     if warm: warm.kill()
 
-Server.attempt,Server.settle,Server.drop = _attempt,_settle,_drop
+Server.settle,Server.drop = _settle,_drop
 
-# %% ../nbs/machinery/sandbox_server.ipynb #c008
+# %% ../nbs/machinery/sandbox_server.ipynb #c009
 def _dispatch(self):
     "Give waiting jobs to idle slots; open a slot where none is left and the number allows it."
     for _ in range(len(self.queue)):
@@ -87,7 +90,7 @@ def _dispatch(self):
 
 Server.dispatch = _dispatch
 
-# %% ../nbs/machinery/sandbox_server.ipynb #c009
+# %% ../nbs/machinery/sandbox_server.ipynb #c010
 def _give(self, slot, job):
     "Send one job to one slot; the slot never reads the body."
     job["nonce"] = secrets.token_hex(16)
@@ -115,7 +118,7 @@ def _lost(self, slot):
 
 Server.give,Server.reply,Server.lost = _give,_reply,_lost
 
-# %% ../nbs/machinery/sandbox_server.ipynb #c010
+# %% ../nbs/machinery/sandbox_server.ipynb #c011
 def _testimony(raw, nonce, has_result):
     "What the witness saw, in one line; the end mark must be there if a result is."
     lines = raw.decode(errors="replace").splitlines()
@@ -124,7 +127,7 @@ def _testimony(raw, nonce, has_result):
     if other: return f"the solution reached for the harness: {other[0][:200]}"
     return "the witness was silenced" if has_result and len(marks)!=1 else ""
 
-# %% ../nbs/machinery/sandbox_server.ipynb #c012
+# %% ../nbs/machinery/sandbox_server.ipynb #c013
 def _answer(self, job, seen):
     "Decide and report."
     base = dict(exit=0, stopped="", result=b"", witness_problem="", output="", cpu_s=0., wall_s=0.,
@@ -144,22 +147,23 @@ def _from_slot(self, slot):
             raise OSError(f"a new slot is not isolated like the first one: {head}")
         return
     job = self.busy.pop(slot)
-    unfit = b'"unfit":"' in blobs[1] and b'"unfit":""' not in blobs[1]     # the tests' own arguments are not data
+    unfit = b'"unfit":"' in blobs[1] and b'"unfit":""' not in blobs[1]     # a test's own arguments are no data
     if unfit and job["auto"]: return self.queue.appendleft(job | {"mode": "inprocess", "auto": False})
     problem = "" if "witness" in self.config["off"] else _testimony(blobs[2], job["nonce"], bool(blobs[1]))
-    head |= dict(output=blobs[0].decode(errors="replace"), result=blobs[1], layers=self.layers, witness_problem=problem)
+    head |= dict(output=blobs[0].decode(errors="replace"), result=blobs[1], layers=self.layers,
+                 witness_problem=problem)
     self.answer(job, head)
 
 Server.answer,Server.from_slot = _answer,_from_slot
 
-# %% ../nbs/machinery/sandbox_server.ipynb #c013
+# %% ../nbs/machinery/sandbox_server.ipynb #c014
 def _from_client(self):
     "A job, or a question about the pool."
     head,_,_ = recv_frame(self.sock)
     if head is None: return False
     if "report" not in head: self.queue.append(head | {"tries": 0}); return True
     report = {k: self.config[k] for k in ("n_slots", "python", "paths", "off")}
-    report |= dict(layers=self.layers, interpreters={n: w.hello for n,w in self.warm.items()}, notes=self.notes,
+    report |= dict(layers=self.layers, notes=self.notes, interpreters={n: w.hello for n,w in self.warm.items()},
                    pids=dict(supervisor=os.getpid(), warm={n: w.pid for n,w in self.warm.items()}))
     send_frame(self.sock, dict(id=head["id"], report=report))
     return True
@@ -182,15 +186,15 @@ def _serve(self):
 
 Server.from_client,Server.overdue,Server.serve = _from_client,_overdue,_serve
 
-# %% ../nbs/machinery/sandbox_server.ipynb #c014
+# %% ../nbs/machinery/sandbox_server.ipynb #c015
 def _user_tasks():
-    "How many processes the user of the programs has already: its limit counts them all where namespaces are missing."
+    "How many processes the user of the programs has: its limit counts them all where namespaces are missing."
     uid = os.getuid() or isolation.SANDBOX_ID
     mine = [p for p in filter(str.isdigit, os.listdir("/proc")) if os.path.exists(f"/proc/{p}")
             and os.stat(f"/proc/{p}").st_uid==uid]
     return sum(len(os.listdir(f"/proc/{p}/task")) for p in mine if os.path.exists(f"/proc/{p}/task"))
 
-# %% ../nbs/machinery/sandbox_server.ipynb #c015
+# %% ../nbs/machinery/sandbox_server.ipynb #c016
 def supervise(
     fd:int,       # socket to the client
     config:dict,  # python, n_slots, require, allow_unsafe, off, sources_fd

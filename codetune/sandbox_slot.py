@@ -37,15 +37,17 @@ class Slot:
     "One place where programs run, one after the other."
     def __init__(self, sock, config, watched, filters, streams):
         self.sock,self.config,self.private = sock,config,config["namespaces"]
-        self.watched,self.filters,self.streams = watched,filters,streams   # made by the warm parent, for all slots
+        self.watched,self.filters,self.streams = watched,filters,streams   # made once, for all slots
         isolation.prctl(isolation.SUBREAPER, 1)
         self.scratch = isolation.Scratch(config["paths"]) if self.private else None
         work = "/tmp" if self.private else config["work"]
-        self.given = dict(work=work, n_proc=128 if self.private else config["n_proc"], bounding=True, rules=-1)
+        n_proc = 128 if self.private else config["n_proc"]
+        self.given = dict(work=work, n_proc=n_proc, bounding=True, rules=-1)
         os.environ.update(HOME=work, TMPDIR=work)
         self.renew()
         self.base = memory_mib([os.getpid()], 1e9)
-        self.layers = self.probe([l for l in LAYERS if l not in config["off"] and (l!="namespaces" or self.private)])
+        wanted = [l for l in LAYERS if l not in config["off"] and (l!="namespaces" or self.private)]
+        self.layers = self.probe(wanted)
         if "caps" in self.layers: isolation.drop_bounding(); self.given["bounding"] = False
         isolation.prctl(isolation.DUMPABLE, 0)
 
@@ -66,7 +68,7 @@ def _renew(self):
     read = ["/"] if self.private else isolation.SYSTEM + self.config["paths"]
     write = ["/tmp", "/dev/shm"] if self.private else [self.given["work"]]
     try: self.given["rules"] = isolation.landlock_rules(read, write)
-    except OSError: self.given["rules"] = -1                   # this kernel has no Landlock; the probe will say so
+    except OSError: self.given["rules"] = -1                   # no Landlock here; the probe will say so
 
 Slot.clear,Slot.renew = _clear,_renew
 
@@ -77,7 +79,9 @@ def _probe(self, wanted):
     works = []
     for layer in wanted:
         if (pid := os.fork())==0:
-            try: confine({layer, "namespaces"} if self.private else {layer}, header, self.filters); os._exit(0)
+            try:
+                confine({layer, "namespaces"} if self.private else {layer}, header, self.filters)
+                os._exit(0)
             finally: os._exit(1)
         if os.waitpid(pid, 0)[1]==0: works.append(layer)
     return works
@@ -101,6 +105,9 @@ def _run_job(self, header, body_fd):
                 orphans=orphans)
     return seen,data["output"][-16384:],data["result"],data["witness"]
 
+Slot.probe,Slot.run_job = _probe,_run_job
+
+# %% ../nbs/machinery/sandbox_slot.ipynb #c012
 def _weigh(self):
     "Programs hide their memory from all processes but the supervisor; it weighs them for us."
     send_frame(self.sock, dict(weigh=True))
@@ -112,45 +119,46 @@ def _serve(self):
     while (got := recv_frame(self.sock, 1))[0]: send_frame(self.sock, *self.run_job(got[0], got[2][0]))
     sweep(self.private)
 
-Slot.probe,Slot.run_job,Slot.weigh,Slot.serve = _probe,_run_job,_weigh,_serve
+Slot.weigh,Slot.serve = _weigh,_serve
 
-# %% ../nbs/machinery/sandbox_slot.ipynb #c012
+# %% ../nbs/machinery/sandbox_slot.ipynb #c013
 def start_slot(sock, config, *shared):
     "Become a slot. A failure is told to the supervisor."
     try:
-        if config["namespaces"]: isolation.enter_slot(); isolation.prctl(isolation.NAME, config["name"].encode())
+        isolation.prctl(isolation.NAME, config["name"].encode())
+        if config["namespaces"]: isolation.enter_slot()
         else: isolation.die_with_parent(config["parent"])
         slot = Slot(sock, config, *shared)
     except OSError as e: return send_frame(sock, dict(error=f"{type(e).__name__}: {e}"))
     slot.serve()
 
-# %% ../nbs/machinery/sandbox_slot.ipynb #c014
+# %% ../nbs/machinery/sandbox_slot.ipynb #c015
 def huge_pages():
-    "Let the kernel back the imported heap by huge pages: forks copy fewer page tables. Best effort by nature."
+    "Let the kernel back the heap by huge pages: forks copy fewer page tables. Best effort by nature."
     for line in read_text("/proc/self/maps").splitlines():
         if "[heap]" in line or line.split()[1].startswith("rw") and len(line.split())==5:
             a,b = (int(x, 16) for x in line.split()[0].split("-"))
             # MADV_COLLAPSE; refused by older kernels, harmless
             if b-a >= 2**21: isolation.advise(a, b-a, 25)
 
-# %% ../nbs/machinery/sandbox_slot.ipynb #c015
+# %% ../nbs/machinery/sandbox_slot.ipynb #c016
 def import_if_there(name, found):
     "Import a module and note its version; one that is missing is left out."
     try: found[name] = getattr(importlib.import_module(name), "__version__", "")
     except ImportError: pass
 
 def forkable(name:str)->bool:
-    "Does importing this start no thread? Tried in a child; such a module is imported by each program for itself."
+    "Does importing this start no thread? Tried in a child; if it does, each program imports it for itself."
     pid = os.fork()
     if pid==0: import_if_there(name, {}); os._exit(len(tasks("self"))!=1)
     return os.waitpid(pid, 0)[1]==0
 
-# %% ../nbs/machinery/sandbox_slot.ipynb #c016
+# %% ../nbs/machinery/sandbox_slot.ipynb #c017
 def hide()->list:
     "Take our modules and the main module's names out of sight; who keeps the list keeps them alive."
     main = sys.modules["__main__"].__dict__
-    names = [n for n in sys.modules if n.split(".")[0]=="codetune"],[n for n in main if not n.startswith("__")]
-    return [sys.modules.pop(n) for n in names[0]] + [main.pop(n) for n in names[1]]
+    ours,theirs = [n for n in sys.modules if n.split(".")[0]=="codetune"],[n for n in main if n[:2]!="__"]
+    return [sys.modules.pop(n) for n in ours] + [main.pop(n) for n in theirs]
 
 def prepare(config:dict)->tuple:    # what was imported, what all slots share, our own modules
     "Everything that a worker would do for itself otherwise."
@@ -160,21 +168,22 @@ def prepare(config:dict)->tuple:    # what was imported, what all slots share, o
     if "seal" not in config["off"]: sandbox_seal.freeze()
     watched = sandbox_evidence.pristine(sys.modules)
     sandbox_judge.rehearse(watched, config["off"]); sandbox_io.rehearse()
-    filters = {True: isolation.seccomp_filter(), False: isolation.seccomp_filter((), isolation.landlock_abi()>=6)}
+    alone = isolation.seccomp_filter((), isolation.landlock_abi()>=6)      # without namespaces
+    filters = {True: isolation.seccomp_filter(), False: alone}
     ours = hide()
     gc.collect(); gc.freeze(); gc.disable(); huge_pages()
     return found,(watched, filters, make_streams()),ours
 
-# %% ../nbs/machinery/sandbox_slot.ipynb #c017
+# %% ../nbs/machinery/sandbox_slot.ipynb #c018
 def warm_parent(
     fd:int,         # control socket
     config:dict,    # imports, and what every slot needs: paths, off, namespaces, n_proc
 )->None:
     "Import, freeze, and fork slots on request until the control socket closes."
     sock,me = socket.socket(fileno=fd),os.getpid()
-    found,shared,ours = prepare(config)                        # our modules stay alive in this frame, and nameless
+    found,shared,ours = prepare(config)                        # ours: alive in this frame, and nameless
     if len(tasks("self"))!=1:
-        return send_frame(sock, dict(error="the interpreter has threads after its imports; forking it is unsafe"))
+        return send_frame(sock, dict(error="the interpreter has threads after its imports; it cannot fork"))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if not config["namespaces"]: isolation.prctl(isolation.SUBREAPER, 1)
     send_frame(sock, dict(python=sys.version.split()[0], magic=importlib.util.MAGIC_NUMBER.hex(),

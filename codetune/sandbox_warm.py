@@ -20,9 +20,9 @@ from .sandbox_watch import memory_mib, processes, read_text
 from .sandbox_wire import recv_frame, send_frame
 
 # %% ../nbs/machinery/sandbox_warm.ipynb #c006
-MODULES = """isolation_calls isolation_layers isolation sandbox_wire sandbox_verdict sandbox_evidence sandbox_seal
-    sandbox_believe sandbox_outcomes sandbox_judge sandbox_io sandbox_watch sandbox_worker sandbox_slot sandbox_warm
-    sandbox_server""".split()
+MODULES = """isolation_calls isolation_layers isolation sandbox_wire sandbox_verdict sandbox_evidence
+    sandbox_seal sandbox_believe sandbox_outcomes sandbox_judge sandbox_io sandbox_watch sandbox_worker
+    sandbox_slot sandbox_warm sandbox_server""".split()
 BOOT = """import sys,json,types,builtins
 sys.path[:] = [p for p in sys.path if p]
 with open(int(sys.argv[1]), encoding='utf-8') as f: sources = json.load(f)
@@ -46,8 +46,8 @@ def memory_file(data:bytes)->int:
     return fd
 
 # %% ../nbs/machinery/sandbox_warm.ipynb #c010
-_STD = """unittest.mock collections re math datetime decimal fractions itertools functools string tempfile shutil subprocess
-    csv sqlite3 hashlib base64 urllib.request http.client threading""".split()
+_STD = """unittest.mock collections re math datetime decimal fractions itertools functools string
+    tempfile shutil subprocess csv sqlite3 hashlib base64 urllib.request http.client threading""".split()
 _SCIENCE = """numpy numpy.testing pandas scipy scipy.stats sklearn sklearn.linear_model sklearn.preprocessing
     sklearn.model_selection matplotlib.pyplot seaborn requests""".split()
 SETS = dict(std=_STD, science=_STD + _SCIENCE)
@@ -61,7 +61,7 @@ CLEAN_ENV = dict(PATH="/usr/local/bin:/usr/bin:/bin", HOME="/tmp", LANG="C.UTF-8
 def compiled(
     test:str,   # source of the tests
 )->str:         # its code for an interpreter of this version, as hexadecimal text; "" if it has none
-    "Compile a test once for all programs that it will judge. Errors are left to the worker, which reports them."
+    "Compile a test once for all programs that it will judge. Errors are left to the worker to report."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                    # a mark looks like a text that is called
@@ -70,7 +70,7 @@ def compiled(
 
 # %% ../nbs/machinery/sandbox_warm.ipynb #c013
 def prefixes(python:str)->list:
-    "The directories that an interpreter lives in: its environment and its base, and nothing else of the disk."
+    "The directories that an interpreter lives in: its environment, its base, nothing else of the disk."
     code = ("import sys,os; print(*{sys.prefix, sys.base_prefix, sys.exec_prefix,"
             "os.path.dirname(os.path.realpath(sys.executable))}, sep=chr(10))")
     out = subprocess.run([python, "-s", "-c", code], env=CLEAN_ENV, capture_output=True, text=True,
@@ -93,14 +93,16 @@ class Warm:
         try: self.pid = isolation.launch(argv, env, config["paths"], config["namespaces"])
         finally: os.close(fd); theirs.close()
         self.sock.settimeout(120)
-        self.hello = recv_frame(self.sock)[0] or {"error": f"{config['python']} ended before it could host programs"}
+        gone = {"error": f"{config['python']} ended before it could host programs"}
+        self.hello = recv_frame(self.sock)[0] or gone
         if "error" in self.hello: self.kill(); raise OSError(self.hello["error"])
     def new_slot(self):
         "Ask for one more slot; returns its socket, on which a greeting will arrive."
         ours,theirs = socket.socketpair()
         self.n += 1
         self.names[ours] = f"slot-{self.n}"
-        send_frame(self.sock, dict(work=f"{self.work}/{self.name}{self.n}", name=self.names[ours]), fds=[theirs.fileno()])
+        place = dict(work=f"{self.work}/{self.name}{self.n}", name=self.names[ours])
+        send_frame(self.sock, place, fds=[theirs.fileno()])
         theirs.close(); ours.settimeout(20)
         self.slots[ours] = "starting"
         return ours

@@ -31,7 +31,7 @@ class Pipes:
     def finish(self):
         "All bytes, and whether one pipe was over its cap."
         for name,(r,_) in self.ends.items():
-            with contextlib.suppress(BlockingIOError):         # nobody is left who could hold the other end; if, no matter
+            with contextlib.suppress(BlockingIOError):         # should somebody hold the other end, no matter
                 while self.left[name]>=0 and self.read(name): pass
             os.close(r)
         return {name: b"".join(d) for name,d in self.data.items()},self.over()
@@ -68,14 +68,15 @@ def run_delay(pids)->dict:
 
 # %% ../nbs/machinery/sandbox_watch.ipynb #c010
 def memory_mib(pids, limit_mib, weigh=None)->float:
-    "Memory of a tree, MiB: resident sizes, and only where these sum up to the limit the proportional ones, or what `weigh` says."
+    "Memory of a tree, MiB: resident sizes; where these pass the limit proportional ones, or what `weigh` says."
     page = resource.getpagesize()
     rss = {p: int((read_text(f"/proc/{p}/statm").split() or [0, 0])[1])*page/2**20 for p in pids}
     if sum(rss.values())<=limit_mib: return sum(rss.values())
     if weigh: return weigh()
     def pss(p):
         try:
-            with open(f"/proc/{p}/smaps_rollup") as f: return sum(int(l.split()[1])/1024 for l in f if l.startswith("Pss:"))
+            with open(f"/proc/{p}/smaps_rollup") as f: lines = [l.split() for l in f if l.startswith("Pss:")]
+            return sum(int(words[1])/1024 for words in lines)
         except PermissionError: return rss[p]                  # it hides from us: nothing is taken as shared
         except OSError: return 0.                              # it has ended meanwhile
     return sum(map(pss, pids))
@@ -91,7 +92,7 @@ def _reap(wait=False)->bool:
     except ChildProcessError: return False
 
 def sweep(private:bool)->int:   # how many processes were still alive
-    "Kill and reap everything below this process; orphans come back to it because it is process 1 or a subreaper."
+    "Kill and reap everything below this process: process 1 or a subreaper, so orphans come back to it."
     n = 0
     while _reap():                                             # no child left: nobody is below us
         alive = processes(None if private else os.getpid())

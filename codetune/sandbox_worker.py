@@ -41,7 +41,7 @@ def confine(
     layers,          # names of the layers to take
     header:dict,     # mem_mib, timeout, work, rules (of Landlock), n_proc
     filters:dict,    # the seccomp programs, built once
-    hidden:bool=False,  # let no other process read our memory, also where memory cannot be weighed from outside
+    hidden:bool=False,  # let no other process read our memory, also where it cannot be weighed from outside
 )->None:
     "Take the layers, in the order that their needs allow. Any failure raises."
     isolation.prctl(isolation.DUMPABLE, 1)
@@ -101,7 +101,7 @@ def run_inprocess(header, layers, filters, watched, body_fd, pipes):
 
 # %% ../nbs/machinery/sandbox_worker.ipynb #c015
 def run_judge(header, layers, filters, watched, body_fd, pipes, link):
-    "Two processes, the judge: it reads the job after the worker was forked, and executes none of the solution."
+    "Two processes, the judge: it reads the job after the worker was forked, and runs none of the solution."
     confine(layers, header, filters, hidden=True)
     with open(body_fd, encoding="utf-8") as f: job = json.load(f)
     nonce = job.pop("nonce")
