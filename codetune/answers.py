@@ -171,7 +171,7 @@ def _source(code, stmt):
     text = ast.get_source_segment(code, stmt)
     return "\n".join([*code.split("\n")[first-1:stmt.lineno-1], text])
 
-# %% ../nbs/machinery/answers.ipynb #c025
+# %% ../nbs/machinery/answers.ipynb #c026
 def _defines(code, entry_point):
     return parses(code) and any(entry_point in _binds(s) for s in ast.parse(code).body)
 
@@ -199,7 +199,7 @@ def _pick(text, entry_point):
     ranked = (c for pool in (defining, good) for want in (True, False) for c,d in reversed(pool) if d==want)
     return next(ranked, None)
 
-# %% ../nbs/machinery/answers.ipynb #c026
+# %% ../nbs/machinery/answers.ipynb #c027
 def extract_code(
     text:str,                   # one message of a model
     entry_point:str|None=None,  # the function the program must define; None takes the last block as it is
@@ -210,7 +210,7 @@ def extract_code(
     if code is None or not code.strip(): return None
     return reduce_code(code, entry_point) if entry_point and parses(code) else code
 
-# %% ../nbs/machinery/answers.ipynb #c031
+# %% ../nbs/machinery/answers.ipynb #c035
 _FUTURE = re.compile(r"(?m)^from __future__ import (?:\([^)]*\)|.*)\n?")
 
 def compose(

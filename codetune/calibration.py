@@ -96,7 +96,7 @@ def _last_line(verdicts):
     errors = [l for l in text.split("\n") if _ERROR.match(l)]
     return (errors or text.split("\n"))[-1].strip()[:200]
 
-# %% ../nbs/machinery/calibration.ipynb #c017
+# %% ../nbs/machinery/calibration.ipynb #c018
 def _record(task, good, empty, lacks, timeout):
     "What is known of one task."
     why = _judge(good, empty, lacks, timeout)
@@ -111,7 +111,7 @@ def _no_verdict(task, why):
     return dict(task_id=task["task_id"], usable=False, reasons=[str(why)], baseline=0., missing=[],
                 canonical={}, empty={}, n_tests=0, cpu_s=0., wall_s=0., mode="", message="")
 
-# %% ../nbs/machinery/calibration.ipynb #c018
+# %% ../nbs/machinery/calibration.ipynb #c019
 def _ask(submit, task, repeats):
     "Futures of the canonical solution and of the empty body, each with its way to ask again."
     jobs = [(s, k) for s in (canonical(task), "") for k in range(repeats)]
@@ -134,7 +134,7 @@ def _calibrate(tasks, submit, repeats, missing, timeout):
             lacks = missing.get(task["task_id"], [])
             yield _record(task, verdicts[:repeats], verdicts[repeats:], lacks, timeout)
 
-# %% ../nbs/machinery/calibration.ipynb #c019
+# %% ../nbs/machinery/calibration.ipynb #c020
 def calibrate(
     tasks:list[dict],         # BigCodeBench rows
     pool,                     # a sandbox `Pool`, or anything with its `submit`
@@ -156,7 +156,7 @@ def calibrate(
     better = {r["task_id"]:r for r in again if passes(r)}
     return [better.get(r["task_id"], r) | dict(forced=r["task_id"] in better) for r in records]
 
-# %% ../nbs/machinery/calibration.ipynb #c024
+# %% ../nbs/machinery/calibration.ipynb #c027
 def usable_tasks(
     tasks:list[dict],          # BigCodeBench rows
     records:list[dict],        # from `calibrate`
@@ -175,7 +175,7 @@ def usable_tasks(
     pairs = [(t, by_id[t["task_id"]]) for t in tasks]
     return [t | found_out(r) for t,r in pairs if r["usable"] or partly(r)]
 
-# %% ../nbs/machinery/calibration.ipynb #c025
+# %% ../nbs/machinery/calibration.ipynb #c028
 def calibration_table(
     records:list[dict],  # from `calibrate`
     limit:int=30,        # unusable tasks shown
@@ -190,7 +190,7 @@ def calibration_table(
     if libs: lines.append("missing libraries: " + ", ".join(f"{l} ({n})" for l,n in libs.most_common()))
     return "\n".join(lines)
 
-# %% ../nbs/machinery/calibration.ipynb #c028
+# %% ../nbs/machinery/calibration.ipynb #c031
 def calibration_file(
     path:str|Path,  # a task file
 )->Path:

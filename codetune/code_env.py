@@ -20,6 +20,7 @@ from .observations import check_profiles,fit,prefill,render
 from .rewards import REWARD_TYPES,TAMPERED,Scored,as_verdict,feedback
 from .rewards import reward_shares_of,score_verdict,total_reward
 from .sandbox import SandboxError
+from .sandbox_tests import expected_tests
 from .sandbox_verdict import Verdict
 
 # %% ../nbs/machinery/code_env.ipynb #c004
@@ -69,6 +70,17 @@ def _check(env):
         if getattr(env, name)<1: raise ValueError(f"{name}={getattr(env, name)} must be at least 1")
     if not 0<=env.format_bonus<1:
         raise ValueError(f"format_bonus={env.format_bonus} must lie in [0, 1); 0.2 is usual")
+    if not env.score: _check_tests(env.tasks)
+
+def _check_tests(tasks):
+    "Refuse tasks that the sandbox could not judge, before anybody waits for them."
+    def problem(task):
+        try: expected_tests(task["test"])
+        except ValueError as e: return str(e)
+    bad = {t["task_id"]:why for t in tasks if (why := problem(t))}
+    for i,why in list(bad.items())[:1]:
+        raise ValueError(f"{len(bad)} of {len(tasks)} tasks cannot be judged, {i} first: {why}; `codetune "
+                         f"calibrate` makes training leave them out")
 
 # %% ../nbs/machinery/code_env.ipynb #c012
 class CodeEnv:
