@@ -45,7 +45,8 @@ def overfit_alarm(
     (i,a),(j,b) = max(held[:-1], key=lambda h: h[1]),held[-1]
     was,now = (mean(x["reward/mean"] for x in log[max(0, k-1):k+1]) for k in (i, j))
     if b>=a-.05 or now<=was+.02: return {}
-    return {"overfit": f"reward rose from {was:.2f} to {now:.2f} while held-out pass fell from {a:.2f} to {b:.2f}"}
+    return {"overfit": f"reward rose from {was:.2f} to {now:.2f} while held-out pass fell "
+                       f"from {a:.2f} to {b:.2f}"}
 
 def alarms(
     log:list[dict],          # metrics of every update so far

@@ -17,11 +17,11 @@ from .config import configure,resolve_path
 from .embedded import load_tokenizer,resolve_model
 from .engine import make_engine
 from .files import atomic_dir
-from .learner import total,world
 from .marft_env import CodeEnv,load_profiles,make_env
 from .ppo import appo_loss,gae,group_advantages,tppo_loss
 from .progress import evaluate_end,evaluate_start,report,summarise
 from .qlora_load import load_base,lora_config
+from .ranks import total,world
 from .runs import Run,set_seed
 from .sandbox import Pool
 from .session import Ablation,Session
@@ -30,7 +30,8 @@ from .team import Team,lora_settings
 from .team_eval import evaluate_team
 
 # %% ../nbs/05_appo.ipynb #t55249518
-_all_ = ["APPOConfig", "Ablation", "Session", "Team", "appo_loss", "tppo_loss", "gae", "group_advantages", "evaluate_team"]
+_all_ = ["APPOConfig", "Ablation", "Session", "Team", "appo_loss", "tppo_loss", "gae", "group_advantages",
+         "evaluate_team"]
 
 # %% ../nbs/05_appo.ipynb #c007
 def start_run(
@@ -51,7 +52,8 @@ def of_difficulty(
     "The tasks of some difficulties; none raises `ValueError`."
     levels = [json.loads(t["doc_struct"] or "{}").get("difficulty") for t in tasks]
     if kept := [t for t,l in zip(tasks, levels) if l in wanted]: return kept
-    raise ValueError(f"train_difficulty={wanted!r}: no such task; there are {', '.join(sorted(set(map(str, levels))))}")
+    known = ", ".join(sorted(set(map(str, levels))))
+    raise ValueError(f"train_difficulty={wanted!r}: no such task; there are {known}")
 
 def build_tasks(
     cfg:APPOConfig,
@@ -63,8 +65,9 @@ def build_tasks(
                           cfg.eval_tasks)
     if cfg.train_difficulty: train = of_difficulty(train, cfg.train_difficulty)
     shared = sorted({t["task_id"] for t in train} & {t["task_id"] for t in test})
-    if shared: raise ValueError(f"{len(shared)} held-out tasks are also training tasks, e.g. {shared[0]}; give disjoint "
-                                "files, or leave test_dataset_path out")
+    if shared:
+        raise ValueError(f"{len(shared)} held-out tasks are also training tasks, e.g. {shared[0]}; give "
+                         "disjoint files, or leave test_dataset_path out")
     return train, test
 
 # %% ../nbs/05_appo.ipynb #c013
@@ -73,16 +76,21 @@ def build_team(
     base=None,         # an already loaded base
 )->Team:
     "Load the base once and give every profile its adapter."
-    profiles,init = load_profiles(cfg.profile_path),cfg.init_adapter_path and resolve_path(cfg.init_adapter_path)
+    profiles = load_profiles(cfg.profile_path)
     if len(profiles)!=cfg.n_agents:
-        raise ValueError(f"n_agents={cfg.n_agents}, but {cfg.profile_path} has {len(profiles)} profiles; they must agree")
-    lora = lora_config(None, r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=0., target_modules=cfg.target_modules)
+        raise ValueError(f"n_agents={cfg.n_agents}, but {cfg.profile_path} has {len(profiles)} profiles; "
+                         "they must agree")
+    init = cfg.init_adapter_path and resolve_path(cfg.init_adapter_path)
+    lora = lora_config(None, r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=0.,
+                       target_modules=cfg.target_modules)
     kind = dict(quant="nf4" if cfg.load_in_4bit else "none", dtype="bf16" if cfg.bf16 else "fp32")
     engine = make_engine(cfg.engine, model=resolve_model(cfg.model_name_or_path), n_agents=cfg.n_agents,
                          max_lora_rank=lora_settings(lora, init).r, context_window=cfg.context_window, **kind)
-    source = dict(name=cfg.model_name_or_path, device={None:"auto", True:"cuda", False:"cpu"}[cfg.cuda], **kind)
-    return Team(base or load_base(**source), load_tokenizer(cfg.model_name_or_path), profiles, lora, init_adapter=init,
-                engine=engine, source=source, gradient_checkpointing=cfg.gradient_checkpointing)
+    device = {None:"auto", True:"cuda", False:"cpu"}[cfg.cuda]
+    source = dict(name=cfg.model_name_or_path, device=device, **kind)
+    return Team(base or load_base(**source), load_tokenizer(cfg.model_name_or_path), profiles, lora,
+                init_adapter=init, engine=engine, source=source,
+                gradient_checkpointing=cfg.gradient_checkpointing)
 
 # %% ../nbs/05_appo.ipynb #c014
 def build_env(
@@ -94,8 +102,10 @@ def build_env(
 )->CodeEnv:
     "This process's share of the slots, over its share of the tasks."
     if cfg.n_rollout_threads%world():
-        raise ValueError(f"n_rollout_threads={cfg.n_rollout_threads} does not divide among {world()} processes")
-    return make_env(cfg, tasks[rank::world()], pool, team.tokenizer, n_rollout_threads=cfg.n_rollout_threads//world())
+        raise ValueError(f"n_rollout_threads={cfg.n_rollout_threads} does not divide among {world()} "
+                         "processes")
+    return make_env(cfg, tasks[rank::world()], pool, team.tokenizer,
+                    n_rollout_threads=cfg.n_rollout_threads//world())
 
 # %% ../nbs/05_appo.ipynb #c020
 class Stop:
@@ -105,14 +115,14 @@ class Stop:
         "Whether any rank was asked; all ranks must call it."
         return total(float(self.asked>0))>0
     def __call__(self, *_):
-        "The handler: the first signal interrupts, the second waits for the checkpoint, the third gives it up."
+        "The first signal interrupts, the second waits for the checkpoint, the third gives it up."
         self.asked += 1
-        if self.asked==2: print("stopping already: the checkpoint is being written; once more gives it up", flush=True)
+        if self.asked==2: print("stopping: the checkpoint is being written; again gives it up", flush=True)
         elif world()==1: raise KeyboardInterrupt("terminated")
 
 @contextmanager
 def interruptible():
-    "SIGTERM and SIGINT raise KeyboardInterrupt while the block runs; with several ranks the `Stop` it yields only counts them."
+    "SIGTERM and SIGINT raise KeyboardInterrupt in the block; with several ranks its `Stop` only counts."
     stop = Stop()
     if threading.current_thread() is not threading.main_thread(): yield stop; return
     old = {s:signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}

@@ -37,8 +37,8 @@ class RunParameters:
 class DataParameters:
     "Where tasks come from."
     train_dataset_path:str="mini"           # mini, mini:easy, bigcode/bigcodebench, or a file
-    test_dataset_path:str|None=None         # None splits train_dataset_path into codetune's own train and test
-    train_difficulty:list[str]|None=None    # keep training tasks of these difficulties: elementary, easy, loop, medium
+    test_dataset_path:str|None=None         # None splits train_dataset_path by codetune's own partition
+    train_difficulty:list[str]|None=None    # keep training tasks that are: elementary, easy, loop, medium
     dataset_name:str="bigcodebench_instruct"# names the run directory
 
 # %% ../nbs/machinery/appo_config.ipynb #t84670fe5
@@ -46,9 +46,9 @@ class DataParameters:
 class AlgorithmParameters:
     "How a rollout becomes an update."
     algorithm_name:str="APPO"               # APPO or TPPO
-    advantage:str="gae"                     # gae, or group: against the other samples of a task, without critic
+    advantage:str="gae"                     # gae, or group: against a task's other samples, no critic
     ppo_epoch:int=1                         # passes over each rollout
-    critic_epochs:int=5                     # passes of the value head over its cached features, at least ppo_epoch
+    critic_epochs:int=5                     # passes of the value head over its features, at least ppo_epoch
     num_mini_batch:int=4                    # optimizer steps per pass
     gradient_cp_steps:int=1                 # micro-batches per optimizer step: less memory, same gradient
     clip_param:float=0.2                    # ratio clip, between 0 and 1
@@ -63,7 +63,7 @@ class AlgorithmParameters:
     use_linear_lr_decay:bool=False          # learning rates fall to 0 over the run
     warmup_steps:int=0                      # updates that train the critic only
     agent_iteration_interval:int=0          # env steps during which one agent trains alone; 0 trains all
-    normalization_mode:str="sum"            # sum, token or word: what a message's log-probability is divided by
+    normalization_mode:str="sum"            # sum, token or word: what divides a log-probability
 
 # %% ../nbs/machinery/appo_config.ipynb #t109d584a
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class RecordParameters:
     eval_samples:int=1                      # samples per task
     eval_temperature:float=0.7              # 0 is greedy
     eval_base:bool=False                    # also the bare base, where there is an SFT adapter
-    eval_worth:bool=False                   # at each evaluation, also without and with another task's messages
+    eval_worth:bool=False                   # also evaluate without, and with another task's, messages
     log_dialogues:int=5                     # updates between records of two dialogues
     save_interval:int=0                     # updates between checkpoints; 0 saves only the end
     keep_checkpoints:int=3                  # the newest so many stay, besides best
@@ -114,11 +114,11 @@ class RecordParameters:
 _CHOICES = dict(algorithm_name=("APPO", "TPPO"), advantage=("gae", "group"),
                 reward_type=("binary", "continuous"),
                 normalization_mode=("sum", "token", "word"), engine=("transformers", "vllm"))
-_POSITIVE = """num_env_steps n_rollout_threads episode_length samples_per_task lr critic_lr max_new_tokens temperature
-    ppo_epoch num_mini_batch gradient_cp_steps kl_threshold max_grad_norm huber_delta horizon exec_timeout_s lora_r
-    lora_alpha context_window top_p eval_samples n_agents""".split()
-_FROM_ZERO = """entropy_coef kl_coef critic_epochs warmup_steps agent_iteration_interval top_k format_bonus eval_interval
-    eval_temperature log_dialogues save_interval keep_checkpoints""".split()
+_POSITIVE = """n_agents num_env_steps n_rollout_threads episode_length samples_per_task lr critic_lr
+    max_new_tokens temperature ppo_epoch num_mini_batch gradient_cp_steps kl_threshold max_grad_norm
+    huber_delta horizon exec_timeout_s context_window lora_r lora_alpha top_p eval_samples""".split()
+_FROM_ZERO = """entropy_coef kl_coef critic_epochs warmup_steps agent_iteration_interval format_bonus top_k
+    eval_interval eval_temperature log_dialogues save_interval keep_checkpoints""".split()
 
 def _check_each(cfg):
     "Refuse a value that is out of range by itself."
@@ -126,7 +126,8 @@ def _check_each(cfg):
     for name,known in _CHOICES.items():
         if getattr(cfg, name) not in known: refuse(name, f"is unknown; expected {' or '.join(known)}")
     for name in _POSITIVE:
-        if getattr(cfg, name) is not None and not 0<getattr(cfg, name)<math.inf: refuse(name, "must be positive")
+        x = getattr(cfg, name)
+        if x is not None and not 0<x<math.inf: refuse(name, "must be positive")
     for name in _FROM_ZERO:
         if not 0<=getattr(cfg, name)<math.inf: refuse(name, "must not be negative")
     for name in ("gamma", "gae_lambda", "top_p"):
@@ -143,13 +144,16 @@ def _check_together(cfg):
                          f"n_rollout_threads = {steps} env steps")
     if cfg.advantage=="group" and min(cfg.samples_per_task, steps)<2:
         raise ValueError(f"advantage='group' compares samples of one task within an update; samples_per_task="
-                         f"{cfg.samples_per_task} and episode_length x n_rollout_threads = {steps} must both be 2 or more")
+                         f"{cfg.samples_per_task} and episode_length x n_rollout_threads = {steps} "
+                         "must both be 2 or more")
     if cfg.cuda and not torch.cuda.is_available():
-        raise ValueError("cuda=true, but torch sees no GPU; leave it out to use the CPU, or run codetune doctor")
+        raise ValueError("cuda=true, but torch sees no GPU; leave it out to use the CPU, or run "
+                         "codetune doctor")
 
 # %% ../nbs/machinery/appo_config.ipynb #t9eb3302d
 @dataclass(frozen=True)
-class APPOConfig(RecordParameters, ModelParameters, EnvParameters, AlgorithmParameters, DataParameters, RunParameters):
+class APPOConfig(RecordParameters, ModelParameters, EnvParameters, AlgorithmParameters, DataParameters,
+                 RunParameters):
     "Everything that changes the result of a run."
     def __post_init__(self): _check_each(self); _check_together(self)
     @property

@@ -9,6 +9,7 @@ __all__ = ['import_vllm', 'lora_rank', 'VLLMEngine', 'completion']
 import os,shutil,tempfile
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from .engine import Completion
 
 # %% ../nbs/machinery/engine_vllm.ipynb #tc25115be
@@ -17,18 +18,19 @@ _RANKS = (8, 16, 32, 64, 128, 256)
 def import_vllm():
     "The module `vllm`; `ValueError` where it is not installed, or where several processes train."
     if int(os.environ.get("WORLD_SIZE", 1))>1:
-        raise ValueError("engine='vllm' runs in one process; set engine='transformers' under accelerate launch")
+        raise ValueError("engine='vllm' runs in one process; set engine='transformers' for several")
     try: import vllm,vllm.lora.request
     except ImportError as e:
-        raise ValueError(f"engine='vllm' needs vLLM, which is not installed here ({e}); pip install vllm on a "
-                         "machine with a GPU, or set engine='transformers'") from e
+        raise ValueError(f"engine='vllm' needs vLLM, which is not installed here ({e}); pip install vllm on "
+                         "a machine with a GPU, or set engine='transformers'") from e
     return vllm
 
 def lora_rank(
     r:int,  # of the adapters
 )->int:     # the smallest rank of vLLM's that holds them
     "A rank that vLLM takes; above the largest, `ValueError`."
-    if r>_RANKS[-1]: raise ValueError(f"lora_r={r}: vLLM takes ranks up to {_RANKS[-1]}; set engine='transformers'")
+    if r>_RANKS[-1]:
+        raise ValueError(f"lora_r={r}: vLLM takes ranks up to {_RANKS[-1]}; set engine='transformers'")
     return next(x for x in _RANKS if x>=r)
 
 # %% ../nbs/machinery/engine_vllm.ipynb #t7a50adc3
@@ -51,35 +53,41 @@ class VLLMEngine:
             gpu_memory_utilization=gpu_memory_utilization, logprobs_mode="processed_logprobs", **kw)
         self._dir,self._round,self._folders = tempfile.TemporaryDirectory(prefix="codetune-vllm-"),0,{}
 
-    def refresh(self, team):
-        "Write every adapter anew, under a new number."
-        old,self._round = Path(self._dir.name)/str(self._round),self._round+1
-        new = Path(self._dir.name)/str(self._round)
-        self._folders = {name:team.save_adapter(name, new/name) for name in team.adapters}
-        shutil.rmtree(old, ignore_errors=True)
 
-    def generate(self, team, agent, prompts, sampling, generator):
-        "One completion per prompt."
-        if not self._folders: self.refresh(team)
-        params = self._params(team, sampling, int(torch.randint(2**31, (1,), generator=generator)), len(prompts))
-        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params,
-                                 lora_request=self._request(team.adapter_of(agent)), use_tqdm=False)
-        return [completion(o.outputs[0], team.eos_ids) for o in outs]
 
 # %% ../nbs/machinery/engine_vllm.ipynb #t0de25770
-def _request(self, name):
+@patch
+def refresh(self:VLLMEngine, team):
+    "Write every adapter anew, under a new number."
+    old,self._round = Path(self._dir.name)/str(self._round),self._round+1
+    new = Path(self._dir.name)/str(self._round)
+    self._folders = {name:team.save_adapter(name, new/name) for name in team.adapters}
+    shutil.rmtree(old, ignore_errors=True)
+
+@patch
+def generate(self:VLLMEngine, team, agent, prompts, sampling, generator):
+    "One completion per prompt."
+    if not self._folders: self.refresh(team)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts],
+                             self._params(team, sampling, seed, len(prompts)),
+                             lora_request=self._request(team.adapter_of(agent)), use_tqdm=False)
+    return [completion(o.outputs[0], team.eos_ids) for o in outs]
+
+# %% ../nbs/machinery/engine_vllm.ipynb #te8d91d0f
+@patch
+def _request(self:VLLMEngine, name):
     "The LoRA request of the adapter `name`; None for the bare base."
     if name is None: return None
     number = self._round*len(self._folders) + list(self._folders).index(name) + 1
     return import_vllm().lora.request.LoRARequest(f"{name}-{self._round}", number, str(self._folders[name]))
 
-def _params(self, team, s, seed, n):
+@patch
+def _params(self:VLLMEngine, team, s, seed, n):
     "Sampling parameters of `n` prompts, each with a seed of its own."
-    return [import_vllm().SamplingParams(max_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k or -1,
-                                         top_p=s.top_p, logprobs=0, seed=seed+i, stop_token_ids=sorted(team.eos_ids))
-            for i in range(n)]
-
-VLLMEngine._request,VLLMEngine._params = _request,_params
+    same = dict(max_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k or -1, top_p=s.top_p,
+                logprobs=0, stop_token_ids=sorted(team.eos_ids))
+    return [import_vllm().SamplingParams(**same, seed=seed+i) for i in range(n)]
 
 def completion(
     out,          # vllm.CompletionOutput

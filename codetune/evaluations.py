@@ -150,6 +150,7 @@ def label_of(
     if tag=="final": return f"after {manifest.get('algorithm') or 'training'}"
     return {"sft": "after SFT", "appo": "after APPO", "tppo": "after TPPO"}.get(tag, tag.replace("_", " "))
 
+# %% ../nbs/machinery/evaluations.ipynb #t534b70f1
 def update_of(
     tag:str,        # of an evaluation file
     manifest:dict,  # of its run
@@ -158,6 +159,7 @@ def update_of(
     if tag=="final": return max((r["step"] for r in read_metrics(manifest["dir"])), default=None)
     return 0 if tag=="start" else int(tag) if tag.isdigit() else None
 
+# %% ../nbs/machinery/evaluations.ipynb #ta7d8b235
 def gather(
     manifests:list,           # of runs, as `find_runs` gives them
     labels:dict|None=None,    # tag -> name, where another one is wanted

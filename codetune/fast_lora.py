@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 # %% ../nbs/machinery/fast_lora.ipynb #t9b0b4b0c
 def _matrices(layer, name, dtype):
-    "A and B of an adapter in the base's format; without gradients they are cast once and kept in `layer.casts`."
+    "A and B of an adapter in the base's format; without gradients, cast once and kept in `layer.casts`."
     keep = None if torch.is_grad_enabled() else layer.casts
     if keep is not None and (layer, name) in keep: return keep[layer, name]
     out = layer.lora_A[name].weight.to(dtype),layer.lora_B[name].weight.to(dtype)
@@ -22,8 +22,8 @@ def _matrices(layer, name, dtype):
 
 def _forward(self, x, *args, **kw):
     "Forward of one LoRA layer in the base's format: base(x) + scaling * B(A(x)), one adapter, no dropout."
-    if self.disable_adapters or self.active_adapters[0] not in self.lora_A: return self.base_layer(x, *args, **kw)
     name, = self.active_adapters
+    if self.disable_adapters or name not in self.lora_A: return self.base_layer(x, *args, **kw)
     rows = x.flatten(0, -2)
     y = self.base_layer(rows, *args, **kw)
     A,B = _matrices(self, name, y.dtype)
@@ -37,7 +37,7 @@ def _is_plain(m):
 
 def fast_lora(
     model:nn.Module,      # a PeftModel
-    casts:dict|None=None, # keeps adapters in the base's format for passes without gradients; whoever changes weights empties it
+    casts:dict|None=None, # keeps what passes without gradients cast; whoever changes weights empties it
 )->int:                   # how many layers now use it
     "Compute plain LoRA in the base's format; layers of other kinds are left to PEFT."
     layers = [m for m in model.modules() if _is_plain(m)]

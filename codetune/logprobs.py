@@ -22,7 +22,8 @@ def head_weight(
     if (state := getattr(weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
         if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError("the 4-bit head was re-packed for CPU inference by eval(); keep it in train() mode")
+            raise ValueError("the 4-bit head was re-packed for CPU inference by eval(); keep it in train() "
+                             "mode")
         return dequantize_4bit(weight.data, state).to(state.dtype), lm_head.bias
     return weight, lm_head.bias
 
@@ -36,7 +37,7 @@ def _chunk_logprobs(h, weight, bias, scale):
     return z.sub_(z.logsumexp(-1, keepdim=True))
 
 def _chunk_grads(logp, targets, want):
-    "d logp_y / dz; the entropy (C,) if wanted; d entropy / dz if `want` is grad; before scaling; `logp` is consumed."
+    "d logp_y / dz, before scaling; entropy (C,) if wanted; its d / dz if `want` is grad; `logp` is consumed."
     p, ent, dent = logp.exp(), None, None
     if want: ent = -(p*logp).sum(-1)
     if want=="grad":
@@ -46,6 +47,25 @@ def _chunk_grads(logp, targets, want):
     return dlogp, ent, dent
 
 # %% ../nbs/machinery/logprobs.ipynb #c012
+def _trained_head_grads(ctx, g):
+    "Gradients of hidden states, weight and bias, through logits that are computed once more."
+    hidden, weight, bias, targets = ctx.saved_tensors
+    dh = torch.empty_like(hidden)
+    dw = torch.zeros_like(weight, dtype=g.dtype)
+    db = None if bias is None else torch.zeros_like(bias, dtype=g.dtype)
+    for i in range(0, len(targets), ctx.chunk):
+        rows = slice(i, i+ctx.chunk)
+        logp = _chunk_logprobs(hidden[rows], weight, bias, ctx.scale)
+        dz,_,dent = _chunk_grads(logp, targets[rows], ctx.want)
+        dz.mul_(g[0, rows, None])
+        if ctx.want=="grad": dz.add_(dent.mul_(g[1, rows, None]))
+        if db is not None: db += dz.sum(0).mul_(ctx.scale)
+        dz = dz.mul_(ctx.scale).to(weight.dtype)
+        dh[rows] = (dz @ weight).to(hidden.dtype)
+        dw += dz.T @ hidden[rows].to(weight.dtype)
+    return dh, dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
+
+# %% ../nbs/machinery/logprobs.ipynb #c013
 class _TokenLogprobs(torch.autograd.Function):
     "Chunked log-probabilities; saves (P, H) derivatives if the head is frozen, recomputes if it trains."
     @staticmethod
@@ -72,26 +92,11 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        if not ctx.head:
-            saved, = ctx.saved_tensors
-            return ((g[:len(saved), :, None]*saved).sum(0).to(saved.dtype),) + (None,)*7
-        hidden, weight, bias, targets = ctx.saved_tensors
-        dh = torch.empty_like(hidden)
-        dw = torch.zeros_like(weight, dtype=g.dtype)
-        db = None if bias is None else torch.zeros_like(bias, dtype=g.dtype)
-        for i in range(0, len(targets), ctx.chunk):
-            rows = slice(i, i+ctx.chunk)
-            logp = _chunk_logprobs(hidden[rows], weight, bias, ctx.scale)
-            dz,_,dent = _chunk_grads(logp, targets[rows], ctx.want)
-            dz.mul_(g[0, rows, None])
-            if ctx.want=="grad": dz.add_(dent.mul_(g[1, rows, None]))
-            if db is not None: db += dz.sum(0).mul_(ctx.scale)
-            dz = dz.mul_(ctx.scale).to(weight.dtype)
-            dh[rows] = (dz @ weight).to(hidden.dtype)
-            dw += dz.T @ hidden[rows].to(weight.dtype)
-        return dh, dw.to(weight.dtype), None if db is None else db.to(bias.dtype), *(None,)*5
+        if ctx.head: return *_trained_head_grads(ctx, g), *(None,)*5
+        saved, = ctx.saved_tensors
+        return (g[:len(saved), :, None]*saved).sum(0).to(saved.dtype), *(None,)*7
 
-# %% ../nbs/machinery/logprobs.ipynb #c013
+# %% ../nbs/machinery/logprobs.ipynb #tddc1c9c5
 def token_logprobs(
     hidden:Tensor,             # (P, H) last hidden states at the positions that predict the targets
     targets:Tensor,            # (P,) token ids, all >= 0
@@ -103,7 +108,8 @@ def token_logprobs(
 )->Tensor|tuple[Tensor,Tensor]:  # (P,) log-probabilities in nats, and (P,) entropies if asked; fp32 or fp64
     "Log-probability of each target, differentiable, holding logits of `chunk` rows at most."
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)} must be (P, H), (P,)")
+        raise ValueError(f"hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)} must be (P, H) "
+                         "and (P,)")
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be above 0; greedy actions have no density")
     weight,bias = head_weight(lm_head)

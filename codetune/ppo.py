@@ -156,7 +156,7 @@ def kl_penalty(
     ref_logprobs:Tensor,  # (M, T) of the starting adapter
     loss_mask:Tensor,     # (M, T)
 )->Tensor:                # scalar: mean over messages of the sum over tokens
-    "Half the squared log-ratio to the reference; on fresh samples its gradient is that of KL(policy || reference)."
+    "Half the squared log-ratio; on fresh samples its gradient is that of KL(policy || reference)."
     return (.5*((logprobs - ref_logprobs)*loss_mask).square()).sum(-1).mean()
 
 # %% ../nbs/machinery/ppo.ipynb #c032
@@ -204,6 +204,7 @@ def plan_minibatches(
     by_length = lambda rows: sorted(rows, key=lambda i: (longest[groups[i]], rank[groups[i]], i))
     return [cut(by_length(rows), min(gradient_cp_steps, len(rows))) for rows in minis]
 
+# %% ../nbs/machinery/ppo.ipynb #c036
 def decayed_lr(
     lr:float,     # learning rate of the first update
     update:int,   # number of this update, from 0

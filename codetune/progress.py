@@ -9,9 +9,9 @@ __all__ = ['hold_out', 'versus', 'worth', 'numbers', 'evaluate_start', 'evaluate
 # %% ../nbs/machinery/progress.ipynb #c003
 import time
 from .alarms import alarms,overfit_alarm
-from .learner import world
 from .passk import Comparison,compare,estimate
-from .session import Session,all_ranks
+from .ranks import all_ranks,world
+from .session import Session
 from .team_eval import evaluate_team,pass_rates,write_rows
 
 # %% ../nbs/machinery/progress.ipynb #c005
@@ -87,8 +87,8 @@ def evaluate_update(s, run, test, pool)->dict:
     rates = hold_out(s, run, test, pool, f"{s.update:04d}")
     out = {"eval/pass_rate":_mean(rates)}
     s.keep_best(run, out["eval/pass_rate"])
-    if s.cfg.eval_worth: out |= numbers(worth(s, run, test, pool, rates, f"{s.update:04d}_", ("none", "other")))
-    return out
+    if not s.cfg.eval_worth: return out
+    return out | numbers(worth(s, run, test, pool, rates, f"{s.update:04d}_", ("none", "other")))
 
 def evaluate_end(s, run, test, pool, start:dict)->dict:
     "Evaluate the trained team, against its start, and what its messages are worth."
@@ -137,13 +137,15 @@ def _other(key):
     whose,heard = key.removeprefix("worth/").split("_over_")
     return f"{whose}: {heard}"
 
+# %% ../nbs/machinery/progress.ipynb #c016
 def summarise(
     s:Session,
     run,         # Run
     found:dict,  # eval/before and eval/after: pass rates; others: comparisons or None
 )->dict:
     "The numbers of a run, ready for JSON."
-    def totals(keep): return {k:sum(r.get(k, 0) for r in s.log) for k in sorted({k for r in s.log for k in r if keep(k)})}
+    keys = sorted({k for r in s.log for k in r})
+    def totals(keep): return {k:sum(r.get(k, 0) for r in s.log) for k in keys if keep(k)}
     out = {"updates":s.update, "env_steps":s.env_steps,
            "reward/first":s.log[0]["reward/mean"] if s.log else None,
            "reward/last":s.log[-1]["reward/mean"] if s.log else None,

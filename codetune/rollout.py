@@ -61,6 +61,7 @@ class Clock:
         yield
         self.seconds[kind] += time.perf_counter()-t
 
+# %% ../nbs/machinery/rollout.ipynb #t260b94ab
 def play_step(
     team:Team,
     env,                          # CodeEnv, or anything with its methods
@@ -73,12 +74,13 @@ def play_step(
     said,clock = [],clock or Clock()
     for m in range(len(team.roles)):
         prompts = env.prompts(m)
-        with clock("generate"): said.append(team.generate(m, prompts, sampling_of(team, m, sampling), generator))
+        with clock("generate"):
+            said.append(team.generate(m, prompts, sampling_of(team, m, sampling), generator))
         texts = [a.text for a in said[-1]]
         env.act(m, relay(m, texts) if relay else texts, [a.truncated for a in said[-1]])
     return said
 
-# %% ../nbs/machinery/rollout.ipynb #t260b94ab
+# %% ../nbs/machinery/rollout.ipynb #tb6aa9559
 @torch.no_grad()
 def collect(
     team:Team,
@@ -93,7 +95,8 @@ def collect(
     actions,steps,feats,clock = [],[],[],Clock()
     for s in range(n_steps):
         said = play_step(team, env, sampling, generator, relay, clock)
-        with clock("value"): feats.append(torch.stack([team.features([a.prompt for a in row]) for row in said], 1))
+        with clock("value"):
+            feats.append(torch.stack([team.features([a.prompt for a in row]) for row in said], 1))
         with clock("wait"): steps.append(env.step())
         actions.append([list(x) for x in zip(*said)])
     last = torch.zeros_like(feats[-1][:,0])
@@ -102,8 +105,9 @@ def collect(
     def stacked(rows): return torch.stack([torch.as_tensor(x) for x in rows])
     rewards = stacked([x.rewards for x in steps]).float()
     valid = stacked([getattr(x, "valid", [True]*len(x.dones)) for x in steps]).bool()
-    return Rollout(actions, pay(rewards) if pay else rewards, stacked([x.dones for x in steps]).bool(), valid,
-                   [x.infos for x in steps], [x.verdicts for x in steps], torch.stack(feats), last, clock.seconds)
+    dones = stacked([x.dones for x in steps]).bool()
+    return Rollout(actions, pay(rewards) if pay else rewards, dones, valid, [x.infos for x in steps],
+                   [x.verdicts for x in steps], torch.stack(feats), last, clock.seconds)
 
 # %% ../nbs/machinery/rollout.ipynb #c009
 @dataclass
@@ -130,10 +134,12 @@ def _token_credit(team, ro, last, gamma, gae_lambda, gather):
     judged = ro.valid[...,None].expand(lengths.shape).flatten()
     f = torch.cat([ro.features.flatten(0, 2)[:0], *(x for x,ok in zip(per, judged) if ok)])
     v = team.values(f).cpu()
-    raw,ret = token_gae(ro.rewards, v.new_zeros(on.shape).masked_scatter(on, v), lengths, ro.dones, last, gamma, gae_lambda)
+    values = v.new_zeros(on.shape).masked_scatter(on, v)
+    raw,ret = token_gae(ro.rewards, values, lengths, ro.dones, last, gamma, gae_lambda)
     adv,live = normalise(raw, on, gather=gather)
     return Credit(adv, live, f, v, ret[on], raw)
 
+# %% ../nbs/machinery/rollout.ipynb #t9aa4b38f
 @torch.no_grad()
 def credit(
     team:Team,

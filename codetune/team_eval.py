@@ -27,7 +27,8 @@ class Ask:
     heard:str="own"       # own, none, other (task) or start: what others hear of a message that is no answer
     of:str|None=None      # the role whose messages `heard` is about; None: all that do not answer
     def __post_init__(self):
-        if self.who not in ("team", "start", "base"): raise ValueError(f"who={self.who!r}; expected team, start, base")
+        if self.who not in ("team", "start", "base"):
+            raise ValueError(f"who={self.who!r}; expected team, start, base")
         if self.heard not in _HEARD: raise ValueError(f"heard={self.heard!r}; expected {', '.join(_HEARD)}")
     def about(self,
         profile:dict,  # of an agent
@@ -53,17 +54,18 @@ def speak(
         if ask.about(profile) and ask.heard=="other": texts = texts[n_samples:]+texts[:n_samples]
         env.act(m, texts, [a.truncated for a in said])
 
+# %% ../nbs/machinery/team_eval.ipynb #t7e0d8fc6
 def _silent(profiles, ask):
     "Profiles in which a silenced agent's message has no beginning either."
     if ask.heard!="none": return profiles
     return [dict(p, prefill="") if ask.about(p) else p for p in profiles]
 
 def _chunks(n_tasks, n):
-    "Ranges of about `n` tasks; a last task alone joins those before it, so that every task has another beside it."
+    "Ranges of about `n` tasks; a last task alone joins those before it: each has another beside it."
     starts = [i for i in range(0, n_tasks, n) if n_tasks-i>1 or i==0]
     return list(zip(starts, starts[1:]+[n_tasks]))
 
-# %% ../nbs/machinery/team_eval.ipynb #t9dc3ab09
+# %% ../nbs/machinery/team_eval.ipynb #t04de1055
 def evaluate_team(
     team:Team,
     tasks:list[dict],
@@ -81,22 +83,25 @@ def evaluate_team(
     "Answer every task and run the programs."
     ask,rows = Ask(who, heard, of),{}
     if heard=="other" and len(tasks)<2: raise ValueError("heard='other' needs at least two tasks")
-    generator,sampling = torch.Generator().manual_seed(seed),Sampling(max_new_tokens, temperature, top_k, top_p)
+    generator = torch.Generator().manual_seed(seed)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p)
     for i,j in _chunks(len(tasks), max(2, rows_at_once//n_samples)):
-        env = CodeEnv(tasks[i:j], _silent(team.profiles, ask), team.tokenizer, pool, n_rollout_threads=(j-i)*n_samples,
-                      samples_per_task=n_samples, horizon=horizon, context_window=context_window,
-                      max_new_tokens=max_new_tokens, exec_timeout_s=exec_timeout_s, seed=seed)
+        env = CodeEnv(tasks[i:j], _silent(team.profiles, ask), team.tokenizer, pool,
+                      n_rollout_threads=(j-i)*n_samples, samples_per_task=n_samples, horizon=horizon,
+                      context_window=context_window, max_new_tokens=max_new_tokens,
+                      exec_timeout_s=exec_timeout_s, seed=seed)
         for _ in range(horizon):
             speak(team, env, ask, sampling, generator, n_samples)
             step = env.step()
-            new = [(v, x) for v,x in zip(step.verdicts, step.infos) if x["group"]<j-i]   # not a slot's second round
-            rows |= {(x["task_id"], x["sample"]): _row(v, x) for v,x in new}
+            rows |= {(x["task_id"], x["sample"]): _row(v, x) for v,x in zip(step.verdicts, step.infos)
+                     if x["group"]<j-i}                              # not a slot's second round
     return [rows[k] for k in sorted(rows)]
 
+# %% ../nbs/machinery/team_eval.ipynb #tec108058
 def _row(verdict, info):
     "One line of an evaluation."
-    return dict(task_id=info["task_id"], sample=info["sample"], messages=info["messages"], program=info["program"] or "",
-                verdict=asdict(verdict), passed=bool(verdict.passed))
+    return dict(task_id=info["task_id"], sample=info["sample"], messages=info["messages"],
+                program=info["program"] or "", verdict=asdict(verdict), passed=bool(verdict.passed))
 
 # %% ../nbs/machinery/team_eval.ipynb #c007
 def pass_rates(

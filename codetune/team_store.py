@@ -24,8 +24,9 @@ def base_note(
     "What `codetune.json` says of the base that a team trains beside."
     def four_bit(p): return type(p).__name__=="Params4bit"
     name = str(team.source.get("name") or team.causal.config._name_or_path)
-    return dict(base=name, quant="nf4" if any(map(four_bit, team.causal.parameters())) else "none",
-                head_4bit=four_bit(team.head.weight), fingerprint=fingerprint(model_folder(name, fetch=False)))
+    quant = "nf4" if any(map(four_bit, team.causal.parameters())) else "none"
+    return dict(base=name, quant=quant, head_4bit=four_bit(team.head.weight),
+                fingerprint=fingerprint(model_folder(name, fetch=False)))
 
 # %% ../nbs/machinery/team_store.ipynb #ta94e8b55
 def save_adapter(
@@ -48,7 +49,8 @@ def save_team(
     "Write adapters, value head and what it takes to build the team again."
     folder = Path(folder)
     for name in team.adapters: save_adapter(team, name, folder/name)
-    save_file({k:v.contiguous() for k,v in team.value_head.state_dict().items()}, folder/"value_head.safetensors")
+    head = {k:v.contiguous() for k,v in team.value_head.state_dict().items()}
+    save_file(head, folder/"value_head.safetensors")
     write_json(folder/"team.json", dict(profiles=team.profiles, source=team.source, base=team.note))
 
 # %% ../nbs/machinery/team_store.ipynb #t1df026f5
@@ -78,18 +80,21 @@ def check_fits(
 ):
     "Refuse a checkpoint of another team (`ValueError`), naming the difference."
     def differ(what, theirs, mine, do): raise ValueError(f"{folder}: {what} {theirs}, here {mine}; {do}")
-    roles,was = [p["role"] for p in said["profiles"]],said.get("base") or {}
+    roles,now = [p["role"] for p in said["profiles"]],team.note
+    then = now | said.get("base", {})
     if roles!=team.roles: differ("is of the team", roles, team.roles, "give the same profile_path")
-    if was.get("fingerprint", team.note["fingerprint"])!=team.note["fingerprint"]:
-        differ("was trained on the base", was["base"], team.note["base"], "give the same model_name_or_path")
-    if (quant := was.get("quant", team.note["quant"]))!=team.note["quant"]:
-        print(f"{folder.name}: trained on a base with quant={quant}, now on quant={team.note['quant']}")
-    if (folder/"reference").exists()!=("reference" in team.adapters):
-        differ("its reference adapter is", *(("there", "none") if (folder/"reference").exists() else ("none", "there")),
-               "give the same init_adapter_path")
+    if then["fingerprint"]!=now["fingerprint"]:
+        differ("was trained on the base", then["base"], now["base"], "give the same model_name_or_path")
+    if then["quant"]!=now["quant"]:
+        print(f"{folder.name}: trained on a base with quant={then['quant']}, now on quant={now['quant']}")
+    has = (folder/"reference").exists(), "reference" in team.adapters
+    theirs,mine = ("there" if x else "none" for x in has)
+    if theirs!=mine: differ("its reference adapter is", theirs, mine, "give the same init_adapter_path")
     for name in team.adapters:
-        theirs,mine = _scale(LoraConfig.from_pretrained(str(folder/name))),_scale(team.model.peft_config[name])
-        for k in (k for k in mine if theirs[k]!=mine[k]): differ(f"{name} has {k}", theirs[k], mine[k], f"give the same {k}")
+        saved = LoraConfig.from_pretrained(str(folder/name))
+        was,now = _scale(saved),_scale(team.model.peft_config[name])
+        for k in now:
+            if was[k]!=now[k]: differ(f"{name} has {k}", was[k], now[k], f"give the same {k}")
 
 # %% ../nbs/machinery/team_store.ipynb #t781459b1
 def fill(
@@ -98,7 +103,8 @@ def fill(
     folder:str|Path, # of a saved adapter
 ):
     "Copy a saved adapter's weights; keys without a place raise `ValueError`."
-    said = set_peft_model_state_dict(team.model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+    weights = load_peft_weights(str(folder), device="cpu")
+    said = set_peft_model_state_dict(team.model, weights, adapter_name=name)
     lost = [*said.unexpected_keys, *(k for k in said.missing_keys if "lora_" in k and f".{name}." in k)]
     if lost: raise ValueError(f"{folder}: not an adapter of this base, e.g. {lost[0]}")
 
@@ -126,7 +132,8 @@ def load_team(
     folder = Path(folder)
     said = read_team(folder)
     first,start = LoraConfig.from_pretrained(str(folder/said["profiles"][0]["role"])),folder/"reference"
-    team = cls(base or load_base(**said["source"]), load_tokenizer(said["source"]["name"]), said["profiles"], first,
-               init_adapter=start if start.exists() else None, source=said["source"], **kw)
+    source = said["source"]
+    team = cls(base or load_base(**source), load_tokenizer(source["name"]), said["profiles"], first,
+               init_adapter=start if start.exists() else None, source=source, **kw)
     restore_team(team, folder)
     return team if trainable else team.freeze()
