@@ -50,7 +50,7 @@ _BLOCK = 256  # tokens whose probabilities are added up before one of them is lo
 def _invert(
     weights:Tensor,   # (B, K), not all 0
     u:Tensor,         # (B, 1) in [0, 1), fp64
-)->tuple[Tensor,Tensor]: # (B, 1) the entry at which the weights before it pass share `u` of all, and how far into it that is, in [0, 1)
+)->tuple[Tensor,Tensor]: # (B, 1) the entry at which the sum passes share `u`, and how far into it, in [0, 1)
     "Invert the cumulative distribution; an entry of weight 0 is never taken."
     cdf = weights.cumsum(-1, dtype=torch.float64)
     x = u*(1-2**-50)*cdf[:,-1:]
@@ -75,7 +75,7 @@ def draw(
 
 # %% ../nbs/machinery/engine.ipynb #c013
 def trim():
-    "Give freed memory back to the system where the C library can (glibc); a rollout's blocks would otherwise lie between training's."
+    "Give freed memory back to the system (glibc); a rollout's blocks would otherwise lie between training's."
     release = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name=="posix" else None
     if release: release(0)
 
@@ -95,7 +95,8 @@ class TransformersEngine:
         for i,p in enumerate(prompts): first.setdefault(tuple(p), i)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), first[tuple(prompts[i])], i))
         with team.use(agent):
-            for rows in _fill(order, [len(p)+sampling.max_new_tokens for p in prompts], self.max_batch_tokens):
+            sizes = [len(p)+sampling.max_new_tokens for p in prompts]
+            for rows in _fill(order, sizes, self.max_batch_tokens):
                 done = self._decode(team, [prompts[i] for i in rows], sampling, generator)
                 for i,c in zip(rows, done): out[i] = c
         trim()
