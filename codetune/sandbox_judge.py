@@ -18,7 +18,7 @@ import unittest
 import warnings
 
 from .sandbox_believe import Unequal, make_believe
-from .sandbox_evidence import own_names, snapshot, trusted
+from .sandbox_evidence import own_names, snapshot, stamp, trusted
 from .sandbox_outcomes import Outcomes, explain
 from .sandbox_seal import classes, seal
 
@@ -124,7 +124,7 @@ class Watchman:
 # %% ../nbs/machinery/sandbox_judge.ipynb #c013
 def _begin(self, cases):
     "The tests are loaded."
-    self.cases,self.bent = cases,_shadowed(cases)
+    self.cases,self.bent,self.stamp = cases,_shadowed(cases),stamp(map(own_names, cases))
     inherits = "canaries" not in self.off and any(map(_lineage, cases))
     if inherits: self.find("a test class inherits from the solution")
     for c in self.sealed: seal(c)
@@ -134,7 +134,12 @@ def _before(self):
     self.look("between tests", inside=False)
     if self.count==self.place: self.sing(self.cases[0])
     self.count += 1
-    if self.seal_cases: self.close(True)
+    if self.seal_cases: self.close(True); self.still = self.stamp()
+
+def _after(self):
+    "A test has run. Nobody can have written to a sealed class but past Python's own rules."
+    if self.seal_cases and self.stamp()!=self.still: self.find("a test class was changed while it was sealed")
+    self.close(False)
 
 def _close(self, on):
     "While a test runs its class is sealed; unittest itself writes to it in between."
@@ -146,7 +151,7 @@ def _end(self):
     self.look("at the end"); self.sing(self.cases[-1])
     for c in self.sealed: seal(c, False)
 
-Watchman.begin,Watchman.before,Watchman.close,Watchman.end = _begin,_before,_close,_end
+Watchman.begin,Watchman.before,Watchman.after,Watchman.close,Watchman.end = _begin,_before,_after,_close,_end
 
 # %% ../nbs/machinery/sandbox_judge.ipynb #c014
 def run_tests(
@@ -168,8 +173,7 @@ def run_tests(
     if error: return dict(tests={n: "error" for n in expected}, messages=error, tampered=watch.tampered)
     cases = [getattr(module, c) for c in sorted({n.rpartition(".")[0] or "TestCases" for n in expected})]
     watch.begin(cases)
-    outcomes = make_outcomes(watch.before, "passed" if "expectedFailure" in job["test"] else "failed",
-                             lambda: watch.close(False))
+    outcomes = make_outcomes(watch.before, "passed" if "expectedFailure" in job["test"] else "failed", watch.after)
     for c in cases: run_loader(c).run(outcomes)
     watch.end()
     words = {n.removeprefix("TestCases."): w for n,w in outcomes.words.items()}

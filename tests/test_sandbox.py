@@ -73,7 +73,7 @@ def test_attacks_do_not_get_through(rows):
 
 def test_residue_is_what_the_docs_say(rows):
     "Exactly the residue that the docs name wins, and that in one process only."
-    residue = {"library_restored", "mapping_proxy"}
+    residue = {"library_restored"}
     assert {(r["name"], r["mode"]) for r in rows if not r["ok"]} == {(n, "inprocess") for n in residue}
     page = (Path(__file__).parents[1] / "nbs/machinery/sandbox.ipynb").read_text(encoding="utf-8")
     assert all(f"`{n}`" in page for n in residue)

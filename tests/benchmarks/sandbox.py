@@ -4,8 +4,9 @@
 
 The rivals live in an environment of their own: BigCodeBench's evaluator 0.2.5 and EvalPlus 0.3.1 from PyPI beside numpy
 1.24 and pandas 2.0; without --rivals it is made in a temporary directory. The same interpreter hosts our programs. Every
-contender gets as many workers as there are cores and distinct programs, so that nothing is cached. EvalPlus takes inputs
-and expected outputs instead of unittest; it gets the same calls.
+contender gets as many workers as there are cores and distinct programs, so that no verdict is cached. The tests are the
+same for all programs: we compile them once, EvalPlus is handed inputs and expected outputs for the same calls, and it
+runs every one of them (its verdict demands as many results as inputs).
 """
 import argparse
 import json
