@@ -140,7 +140,7 @@ def child(name, epochs, samples, waste):
         remember, score = L.remember, L.score
         L.remember = lambda *a: timed("score", lambda: remember(*a))
         L.score = lambda *a: timed("forward", lambda: score(*a)) if torch.is_grad_enabled() else score(*a)
-        L.drift = lambda minis, f=L.drift: timed("score", lambda: f(minis))
+        L.drift = lambda *a, f=L.drift: timed("score", lambda: f(*a))
         return L
     if not waste:
         back = torch.Tensor.backward
