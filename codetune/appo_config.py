@@ -74,7 +74,7 @@ class EnvParameters:
     format_bonus:float=0.2                  # share of the reward that a closed code block earns
     reward_shares:list[float]|None=None     # one per agent; None pays the last answering agent
     exec_timeout_s:float=5.0                # wall clock per program, seconds
-    tasks_python:str|None=None              # interpreter of the programs
+    tasks_python:str|None=None              # interpreter of the programs; auto: .venv-tasks if it is there
     context_window:int=2048                 # tokens of prompt and message together
 
 # %% ../nbs/machinery/appo_config.ipynb #tb1910cdc

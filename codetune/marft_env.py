@@ -46,7 +46,7 @@ class EnvConfig:
     calibrate_repeats:int=3                # runs of each canonical solution and empty body
     keep_partial:bool=False                # keep tasks whose empty body earns part of the credit
     exec_timeout_s:float=5.0               # wall clock per program, seconds
-    tasks_python:str|None=None             # interpreter of the programs, .venv-tasks/bin/python say
+    tasks_python:str|None=None             # interpreter of the programs; auto: .venv-tasks if it is there
     n_rollout_threads:int=8                # problems side by side
     output_dir:str|None=None               # where the task files go; None is the run directory
     def __post_init__(self):

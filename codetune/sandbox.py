@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
@@ -34,12 +35,18 @@ def _import_set(solution, test):
     text = solution + test
     return "science" if any(w in text for w in _SCIENCE) else "std"
 
+_TASKS_PYTHON = ".venv-tasks/bin/python"
+
 def _interpreter(python):
-    "The absolute path of an interpreter; a relative one counts from the project root, a bare name from PATH."
+    "The absolute path of an interpreter; a relative one counts from the project root, a bare name from PATH; `auto` is explained at `Pool`."
+    from codetune.config import resolve_path
+    if python=="auto":
+        python = resolve_path(_TASKS_PYTHON) if os.access(resolve_path(_TASKS_PYTHON), os.X_OK) else None
+        if not python: warnings.warn(f"{_TASKS_PYTHON} is not built: programs run under {sys.executable}, and those that want a library "
+                                     "it lacks will fail; `make setup-tasks` builds it")
     if python is None: return sys.executable
     text = str(python)
     if os.sep in text:
-        from codetune.config import resolve_path
         found = os.path.abspath(resolve_path(text))
     else: found = shutil.which(text)
     if not found or not os.access(found, os.X_OK) or os.path.isdir(found):
@@ -58,7 +65,7 @@ class Pool:
     def __init__(
         self,
         n_slots:int=None,         # programs that run side by side; default one per core
-        python:str=None,          # interpreter that hosts the programs; default this one
+        python:str=None,          # interpreter that hosts the programs; None is this one, "auto" the one that `make setup-tasks` built, else this one
         require:str=None,         # weakest isolation class that is acceptable: A, B or C
         allow_unsafe:bool=False,  # accept resource limits alone, without isolation
         off:tuple=(),             # layers to leave out, to see what each is for; never in earnest

@@ -300,8 +300,7 @@ def test_a_runs_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe,shrunk", [
-    ("qwen25_coder_duo", dict(num_env_steps=4, episode_length=1, n_rollout_threads=4, use_wandb=False, max_new_tokens=4, eval_tasks=2, gradient_cp_steps=2,
-                              tasks_python=None)),  # mini needs no libraries
+    ("qwen25_coder_duo", dict(num_env_steps=4, episode_length=1, n_rollout_threads=4, use_wandb=False, max_new_tokens=4, eval_tasks=2, gradient_cp_steps=2)),
     ("quickstart_appo", dict(num_env_steps=8, n_rollout_threads=8, max_new_tokens=4, eval_samples=1, eval_tasks=2))])
 def test_recipe_runs_on_a_tiny_model(recipe, shrunk):
     values = load_recipe(recipe)
