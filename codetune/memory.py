@@ -95,8 +95,8 @@ def activation_bytes(
 NF4_BYTES = 1/2 + 1/64 + 4/(64*256)  # codes, first scales, second scales
 PLAIN_BYTES = 1/2 + 4/64             # codes and fp32 scales, for an embedding in four bits
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
-_STATE = dict(adamw=2, adamw_8bit=.5,
-              sgd=0)  # numbers kept for each trained one; 8 bits are a quarter of fp32
+# numbers kept for each trained one; 8 bits are a quarter of fp32
+_STATE = dict(adamw=2, adamw_8bit=.5, sgd=0)
 
 def _optimizer(optim, count, c):
     "Bytes of the optimizer's state for `count` trained numbers of `c` bytes."
@@ -121,8 +121,7 @@ def _workspace(cfg, method, c, device, head_4bit):
 # %% ../nbs/machinery/memory.ipynb #c018
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "num_key_value_heads",
-          "vocab_size")
+          "num_key_value_heads", "vocab_size")
 
 def _known(cfg):
     "The configuration, if it states the sizes that the formulas need."
@@ -173,8 +172,7 @@ def estimate_memory(
     if not accumulate:
         gradients = max(0, gradients-activations-logits-workspace)  # they come as the others go
     parts = (_weights(counts, method, c_base, head_4bit), 4*n_lora, gradients,
-             _optimizer(optim, trained, c_trained),
-             activations, logits, workspace)
+             _optimizer(optim, trained, c_trained), activations, logits, workspace)
     return {**dict(zip(PARTS, map(float, parts))), "total": float(sum(parts))}
 
 # %% ../nbs/machinery/memory.ipynb #c023
@@ -207,8 +205,8 @@ def plot_memory(
         left = [a+b for a,b in zip(left, width)]
     for i,k in enumerate(rows):
         ax.text(left[i], i, f" {left[i]:.1f}", va="center", fontsize=8)
-        if k in (guide or {}): ax.plot([guide[k]]*2, [i-.4, i+.4], "k", lw=2, label=None if i
-                                       else "user's guide")
+        label = None if i else "user's guide"
+        if k in (guide or {}): ax.plot([guide[k]]*2, [i-.4, i+.4], "k", lw=2, label=label)
     ax.set(xlabel="memory (GB)", xlim=(0, 1.12*max(*left, *(guide or {}).values(), 0)))
     ax.invert_yaxis()
     ax.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(.5, -.12 if len(rows) > 4 else -.25))

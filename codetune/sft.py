@@ -167,6 +167,6 @@ def train_sft(
     with advise_on_memory(cfg, lambda: f"at step {trainer.state.global_step+1}"):
         before = trainer.evaluate() if validates else {}
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-        after = trainer.evaluate() if validates else {}
+        if validates and trainer.validated[0] != trainer.state.global_step: trainer.evaluate()
     trainer.save_result(run.out/name, note)
-    return trainer.summary(before, after) | {"outputs": {name: str(run.out/name)}}
+    return trainer.summary(before, trainer.validated[1]) | {"outputs": {name: str(run.out/name)}}

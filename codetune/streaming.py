@@ -18,8 +18,8 @@ from .safefile import Checkpoint
 
 # %% ../nbs/machinery/streaming.ipynb #c006
 KEEP = ("lm_head", "embed_out")                    # heads, in 16 bits: the loss reads them
-ROUTERS = ("gate", "router",
-           "shared_expert_gate")  # never quantized: a wrong expert is worse than a rounded weight
+# never quantized: a wrong expert is worse than a rounded weight
+ROUTERS = ("gate", "router", "shared_expert_gate")
 _PARTS = dict(gate_up_proj=("gate_proj", "up_proj"), down_proj=("down_proj",))
 
 class Embedding4bit(bnb.nn.Embedding4bit):
@@ -65,8 +65,8 @@ def wanted(
     stacks = {f"{n}.{k}": (n, k, m) for n,m in model.named_modules() if isinstance(m, Experts4bit)
               for k in m.sizes}
     def parts(n, k, m): return [tuple(f"{n}.{e}.{p}.weight" for p in _PARTS[k]) for e in range(m.num_experts)]
-    return {name: parts(*stacks[name]) if name in stacks else [(name,)] for name,
-            _ in model.named_parameters()}
+    names = [name for name,_ in model.named_parameters()]
+    return {name: parts(*stacks[name]) if name in stacks else [(name,)] for name in names}
 
 # %% ../nbs/machinery/streaming.ipynb #c009
 def four_bit_names(

@@ -38,7 +38,7 @@ class SFTTrainer(Trainer):
         self.codetune_run, self.keep_checkpoints, self.answer, self.note = run, keep_checkpoints, answer, note
         self.model_accepts_loss_kwargs = True  # let Trainer count the labels of a step
         self.records, self._bar, self._clock = [], None, time.perf_counter()
-        self._seen = torch.zeros(2, dtype=torch.long)
+        self._seen, self.validated = torch.zeros(2, dtype=torch.long), (None, {})
         self.remove_callback(PrinterCallback)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -216,7 +216,10 @@ def evaluate(self:SFTTrainer, eval_dataset=None, ignore_keys=None, metric_key_pr
     if self.codetune_run.is_main:
         print(f"step {self.state.global_step}  " + "  ".join(f"{k} {v:.4f}" for k,v in row.items()))
     self._clock += time.perf_counter() - start          # validation is no training time
-    return {f"{metric_key_prefix}_{k}": v for k,v in row.items()}
+    found = {f"{metric_key_prefix}_{k}": v for k,v in row.items()}
+    self.validated = self.state.global_step, found
+    self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+    return found
 
 # %% ../nbs/machinery/trainer.ipynb #c035
 @patch
