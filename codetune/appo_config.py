@@ -90,7 +90,7 @@ class ModelParameters:
     gradient_checkpointing:bool=False       # recompute activations in the backward pass
     top_k:int=0                             # 0 samples from the whole vocabulary, as PPO assumes
     top_p:float=1.0                         # 1 samples from the whole vocabulary
-    engine:str="transformers"               # transformers or vllm
+    engine:str="transformers"               # transformers, or vllm (documented API, never run)
 
 # %% ../nbs/machinery/appo_config.ipynb #t9bb538d5
 @dataclass(frozen=True)

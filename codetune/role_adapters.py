@@ -14,15 +14,19 @@ from torch import nn
 from .observations import check_profiles
 
 # %% ../nbs/machinery/role_adapters.ipynb #t0ea6b7f2
+_TAKEN = {"default", "reference", "value_head", "weight", "bias", *"lora_"}  # by PEFT, by checkpoints
+
 def adapter_names(
     profiles:list[dict],  # of `role`, `prompt`, `with_answer`
+    model:nn.Module=None, # whose parts' names are taken too: PEFT cuts an adapter's name out of its keys
 )->list[str]:             # roles, in the order in which they act
     "Roles as names of adapters; a profile of another shape, or whose role names none, raises `ValueError`."
-    def taken(r): return r in ("reference", "value_head", *"lora_") or hasattr(nn.ModuleDict, r)
+    taken = _TAKEN | {part for n,_ in (model.named_modules() if model else ()) for part in n.split(".")}
     for i,p in enumerate(check_profiles(profiles)):
-        if not re.fullmatch(r"[A-Za-z][\w-]*", p["role"]) or taken(p["role"]):
-            raise ValueError(f"profile {i}: role={p['role']!r} cannot name an adapter; take two or more "
-                             "letters, digits, _ and -, and no word that PyTorch or a checkpoint uses")
+        r = p["role"]
+        if not re.fullmatch(r"(?!lora_)[A-Za-z][\w-]*", r) or r in taken or hasattr(nn.ModuleDict, r):
+            raise ValueError(f"profile {i}: role={r!r} cannot name an adapter; take two or more letters, "
+                             "digits, _ and -, and no word that PyTorch, the model or a checkpoint uses")
     return [p["role"] for p in profiles]
 
 # %% ../nbs/machinery/role_adapters.ipynb #t4f822a3c
@@ -47,5 +51,5 @@ def adapter_parameters(
     model:nn.Module,  # a PeftModel
     name:str,         # of an adapter
 )->list[nn.Parameter]:
-    "One adapter's parameters, also where a layer has the adapter's name."
+    "One adapter's parameters."
     return [p for n,p in model.named_parameters() if re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", n)]

@@ -65,7 +65,7 @@ class Team:
         gradient_checkpointing:bool=False, # recompute activations in the backward pass
         source:dict|None=None,             # arguments of `load_base`, remembered in checkpoints
     ):
-        self.roles,self.profiles = adapter_names(profiles),profiles
+        self.roles,self.profiles = adapter_names(profiles, base),profiles
         self.tokenizer,self.source = tokenizer,source or {}
         self.engine,self._seen,self._active = engine or TransformersEngine(),OrderedDict(),None
         self.adapters,cfg = self.roles+["reference"]*bool(init_adapter),lora_settings(lora_cfg, init_adapter)
