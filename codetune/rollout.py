@@ -102,12 +102,16 @@ def collect(
     last = torch.zeros_like(feats[-1][:,0])
     if not all(steps[-1].dones):          # where every problem ended, nothing is read from beyond the buffer
         with clock("value"): last = team.features(env.pending_prompts())
-    def stacked(rows): return torch.stack([torch.as_tensor(x) for x in rows])
-    rewards = stacked([x.rewards for x in steps]).float()
-    valid = stacked([getattr(x, "valid", [True]*len(x.dones)) for x in steps]).bool()
-    dones = stacked([x.dones for x in steps]).bool()
+    rewards,dones,valid = _outcomes(steps)
     return Rollout(actions, pay(rewards) if pay else rewards, dones, valid, [x.infos for x in steps],
                    [x.verdicts for x in steps], torch.stack(feats), last, clock.seconds)
+
+# %% ../nbs/machinery/rollout.ipynb #t6e116c72
+def _outcomes(steps):
+    "Rewards (S, B, N), ends and validity (S, B) of the environment's steps."
+    def stacked(rows): return torch.stack([torch.as_tensor(x) for x in rows])
+    valid = stacked([getattr(x, "valid", [True]*len(x.dones)) for x in steps])
+    return stacked([x.rewards for x in steps]).float(), stacked([x.dones for x in steps]).bool(), valid.bool()
 
 # %% ../nbs/machinery/rollout.ipynb #c009
 @dataclass
