@@ -141,10 +141,11 @@ def adapters_in(
     if not found:
         raise ValueError(f"no adapter_config.json in {path}; adapter_path is the adapter/ of 03_sft or a "
                          "team checkpoint")
-    if role == "all": return found
-    if not role and len(found) == 1: role = next(iter(found))
+    roles = [r for r in found if r != "reference"]    # what the roles started from, merged only where it is named
+    if role == "all": return {r: found[r] for r in roles}
+    if not role and len(roles) == 1: role = roles[0]
     if role not in found:
-        raise ValueError(f"{path} holds the roles {', '.join(found)}; set role to one of them "
+        raise ValueError(f"{path} holds the roles {', '.join(roles)}; set role to one of them "
                          f"or to all, not {role!r}")
     return {"": found[role]}
 
