@@ -38,13 +38,14 @@ def _import_set(solution, test):
 _TASKS_PYTHON = ".venv-tasks/bin/python"
 
 def _interpreter(python):
-    "The absolute path of an interpreter; a relative one counts from the project root, a bare name from PATH; `auto` is explained at `Pool`."
+    "The absolute path of an interpreter; a relative one counts from the project root, a bare name from PATH; see `Pool`."
+    if python is None: return sys.executable
     from codetune.config import resolve_path
     if python=="auto":
-        python = resolve_path(_TASKS_PYTHON) if os.access(resolve_path(_TASKS_PYTHON), os.X_OK) else None
-        if not python: warnings.warn(f"{_TASKS_PYTHON} is not built: programs run under {sys.executable}, and those that want a library "
-                                     "it lacks will fail; `make setup-tasks` builds it")
-    if python is None: return sys.executable
+        if os.access(found := resolve_path(_TASKS_PYTHON), os.X_OK): return os.path.abspath(found)
+        warnings.warn(f"{_TASKS_PYTHON} is not built: programs run under {sys.executable}, and those that want a library "
+                      "it lacks will fail; `make setup-tasks` builds it")
+        return sys.executable
     text = str(python)
     if os.sep in text:
         found = os.path.abspath(resolve_path(text))
@@ -65,7 +66,7 @@ class Pool:
     def __init__(
         self,
         n_slots:int=None,         # programs that run side by side; default one per core
-        python:str=None,          # interpreter that hosts the programs; None is this one, "auto" the one that `make setup-tasks` built, else this one
+        python:str=None,          # hosts the programs; None: this one; "auto": what `make setup-tasks` built, else this one
         require:str=None,         # weakest isolation class that is acceptable: A, B or C
         allow_unsafe:bool=False,  # accept resource limits alone, without isolation
         off:tuple=(),             # layers to leave out, to see what each is for; never in earnest
