@@ -70,7 +70,8 @@ def tree_attention(
     **kwargs,
 )->tuple[Tensor,None]:   # (1, T, heads, D)
     "Attention of every segment to itself and its ancestors, in transformers' attention interface."
-    if tree is None: return short_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if tree is None: return short_attention(module, query, key, value, attention_mask, dropout, scaling,
+                                            **kwargs)
     (tree,masks),out = tree,[]
     q,k,v = (x.split(tree.lengths, 2) for x in (query, key, value))
     for i,(chain,mask) in enumerate(zip(tree.chains, masks)):
@@ -87,12 +88,14 @@ def takes_tree(
 )->bool:               # whether `row_hidden` shares beginnings in it
     "Is every layer full attention through `tree_attention`?"
     c = trunk.config
-    return c._attn_implementation=="tree" and set(getattr(c, "layer_types", None) or ["full_attention"])=={"full_attention"}
+    return c._attn_implementation=="tree" and set(getattr(c, "layer_types", None)
+                                                  or ["full_attention"])=={"full_attention"}
 
 def _inputs(tree, device):
     "A tree as arguments of a decoder; an empty four-dimensional mask is passed on as it is, where none would be built of (T, T)."
     ids,positions = (torch.tensor([x], device=device) for x in (tree.ids, tree.positions))
-    return dict(input_ids=ids, position_ids=positions, tree=(tree, tree.masks(device)), attention_mask=torch.empty(1, 1, 0, 0, device=device))
+    return dict(input_ids=ids, position_ids=positions, tree=(tree, tree.masks(device)),
+                attention_mask=torch.empty(1, 1, 0, 0, device=device))
 
 def row_hidden(
     trunk:nn.Module,        # a decoder of transformers
@@ -124,7 +127,8 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.lazy_initialization(keys, values)
         for name,x in dict(keys=keys, values=values).items():
-            self._put(name, x.new_empty(len(at), x.shape[1], at.shape[1]+room, x.shape[3]), x[0,:,at].transpose(0, 1))
+            self._put(name, x.new_empty(len(at), x.shape[1], at.shape[1]+room, x.shape[3]),
+                      x[0,:,at].transpose(0, 1))
 
     def _put(self, name, space, x, start=0):
         "Write `x` into `space` and show it, and what is before it, as `self.keys` or `self.values`."
@@ -136,7 +140,9 @@ class RoomyLayer(DynamicLayer):
         n,more = self.keys.shape[2],key_states.shape[2]
         for name,x in dict(keys=key_states, values=value_states).items():
             space = getattr(self, f"_{name}")
-            if n+more>space.shape[2]: space = torch.cat([space, space.new_empty(*space.shape[:2], max(more, n//2), space.shape[3])], 2)
+            if n+more>space.shape[2]:
+                space = torch.cat([space, space.new_empty(*space.shape[:2], max(more, n//2), space.shape[3])],
+                                  2)
             self._put(name, space, x, n)
         return self.keys, self.values
 
