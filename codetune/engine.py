@@ -102,28 +102,31 @@ class TransformersEngine:
         trim()
         return out
 
-    def _decode(self, team, prompts, sampling, generator):
-        "Prefill `prompts` and sample until every row has ended."
-        logits,cache,mask = team.prefill(prompts, sampling.max_new_tokens)
-        live,out = list(range(len(prompts))),[Completion([], [], True) for _ in prompts]
-        for t in range(sampling.max_new_tokens):
-            tokens,lp = draw(logits, sampling, generator)
-            for r,tok,l in zip(live, tokens.tolist(), lp.tolist()):
-                if r is None: continue
-                out[r].ids.append(tok); out[r].logprobs.append(l)
-                out[r].truncated = tok not in team.eos_ids
-            live = [None if r is None or not out[r].truncated else r for r in live]
-            on = [k for k,r in enumerate(live) if r is not None]
-            if not on or t+1==sampling.max_new_tokens: break
-            if len(on) <= .8*len(live):                # finished rows leave
-                keep = torch.tensor(on, device=team.device)
-                cache.batch_select_indices(keep)
-                tokens,mask,live = tokens[keep],mask[keep],[live[k] for k in on]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-            logits,cache = team.step(tokens[:,None], mask, mask.sum(-1, keepdim=True)-1, cache)
-        return out
-
 # %% ../nbs/machinery/engine.ipynb #c015
+def _decode(self, team, prompts, sampling, generator):
+    "Prefill `prompts` and sample until every row has ended."
+    logits,cache,mask = team.prefill(prompts, sampling.max_new_tokens)
+    live,out = list(range(len(prompts))),[Completion([], [], True) for _ in prompts]
+    for t in range(sampling.max_new_tokens):
+        tokens,lp = draw(logits, sampling, generator)
+        for r,tok,l in zip(live, tokens.tolist(), lp.tolist()):
+            if r is None: continue
+            out[r].ids.append(tok); out[r].logprobs.append(l)
+            out[r].truncated = tok not in team.eos_ids
+        live = [None if r is None or not out[r].truncated else r for r in live]
+        on = [k for k,r in enumerate(live) if r is not None]
+        if not on or t+1==sampling.max_new_tokens: break
+        if len(on) <= .8*len(live):                # finished rows leave
+            keep = torch.tensor(on, device=team.device)
+            cache.batch_select_indices(keep)
+            tokens,mask,live = tokens[keep],mask[keep],[live[k] for k in on]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+        logits,cache = team.step(tokens[:,None], mask, mask.sum(-1, keepdim=True)-1, cache)
+    return out
+
+TransformersEngine._decode = _decode
+
+# %% ../nbs/machinery/engine.ipynb #c016
 def _fill(order, sizes, max_tokens):
     "Consecutive rows, shortest first, in groups whose padded size stays within `max_tokens`."
     out = []
@@ -132,7 +135,7 @@ def _fill(order, sizes, max_tokens):
         else: out.append([i])
     return out
 
-# %% ../nbs/machinery/engine.ipynb #c023
+# %% ../nbs/machinery/engine.ipynb #c024
 def make_engine(
     name:str,      # transformers or vllm
     **kw,          # arguments of vLLM's engine
