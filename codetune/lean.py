@@ -12,14 +12,19 @@ from torch import nn
 import torch.nn.functional as F
 
 # %% ../nbs/machinery/lean.ipynb #c006
+def _normed(x, weight, eps):
+    "weight * x / rms(x) and (..., 1) 1 / rms(x), computed in fp32 and rounded as transformers does."
+    wide = x.float()
+    r = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return weight*(wide*r if wide is x else wide.mul_(r).to(x.dtype)), r
+
 class _RMSNorm(torch.autograd.Function):
-    "weight * x / rms(x), computed in fp32 and rounded as transformers does; keeps x as it came."
+    "RMS norm that keeps x as it came."
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = x.float()
-        r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True)+eps)
+        y,r = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return weight*wide.mul_(r).to(x.dtype) if wide is not x else weight*(wide*r)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -35,20 +40,25 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate)*up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         gate,up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(g*up, gate), g*F.silu(gate)
+        return torch.ops.aten.silu_backward(g*up, gate), F.silu(gate).mul_(g)
 
 # %% ../nbs/machinery/lean.ipynb #c008
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP")
 
-def _norm(self, x): return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
-def _mlp(self, x): return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+def _norm(self, x):
+    if torch.is_grad_enabled(): return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
+    return _normed(x, self.weight, self.variance_epsilon)[0]
+
+def _mlp(self, x):
+    gate,up = self.gate_proj(x),self.up_proj(x)
+    return self.down_proj(_SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up))
 
 def lean_layers(
     model:nn.Module,  # any model of transformers

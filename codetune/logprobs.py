@@ -33,18 +33,18 @@ def _chunk_logprobs(h, weight, bias, scale):
     z = h.to(weight.dtype) @ weight.T
     z = z if z.dtype == torch.float64 else z.float()
     if bias is not None: z = z + bias
-    z = z.mul_(scale)
-    return z.sub_(z.logsumexp(-1, keepdim=True))
+    return (z if scale == 1 else z.mul_(scale)).log_softmax(-1)
+
+def _entropies(p, logp): return -(p[:, None]@logp[..., None])[:, 0, 0]
 
 def _chunk_grads(logp, targets, want):
-    "d logp_y / dz, before scaling; entropy (C,) if wanted; its d / dz if `want` is grad; `logp` is consumed."
+    "- d logp_y / dz unscaled; entropy (C,) if wanted; its d / dz if `want` is grad. Consumes `logp`."
     p, ent, dent = logp.exp(), None, None
-    if want: ent = -(p*logp).sum(-1)
+    if want: ent = _entropies(p, logp)
     if want=="grad":
         dent = logp.add_(ent[:, None]).mul_(p).neg_()
-    dlogp = p.neg_()
-    dlogp[torch.arange(len(targets), device=p.device), targets] += 1
-    return dlogp, ent, dent
+    p[torch.arange(len(targets), device=p.device), targets] -= 1
+    return p, ent, dent
 
 # %% ../nbs/machinery/logprobs.ipynb #c012
 def _trained_head_grads(ctx, g):
@@ -57,7 +57,7 @@ def _trained_head_grads(ctx, g):
         rows = slice(i, i+ctx.chunk)
         logp = _chunk_logprobs(hidden[rows], weight, bias, ctx.scale)
         dz,_,dent = _chunk_grads(logp, targets[rows], ctx.want)
-        dz.mul_(g[0, rows, None])
+        dz.mul_(-g[0, rows, None])
         if ctx.want=="grad": dz.add_(dent.mul_(g[1, rows, None]))
         if db is not None: db += dz.sum(0).mul_(ctx.scale)
         dz = dz.mul_(ctx.scale).to(weight.dtype)
@@ -81,11 +81,12 @@ class _TokenLogprobs(torch.autograd.Function):
             logp = _chunk_logprobs(hidden[rows], weight, bias, scale)
             out[0, rows] = logp.gather(-1, targets[rows, None])[:, 0]
             if keep:
-                dlogp,ent,dent = _chunk_grads(logp, targets[rows], want)
-                for k,dz in enumerate([dlogp, dent][:len(saved)]):
-                    saved[k, rows] = (dz.mul_(scale).to(weight.dtype) @ weight).to(hidden.dtype)
+                dz,ent,dent = _chunk_grads(logp, targets[rows], want)
+                saved[0, rows] = (dz.to(weight.dtype) @ weight).mul_(-scale).to(hidden.dtype)
+                if want=="grad":
+                    saved[1, rows] = (dent.to(weight.dtype) @ weight).mul_(scale).to(hidden.dtype)
                 if want: out[1, rows] = ent
-            elif want: out[1, rows] = -(logp.exp()*logp).sum(-1)
+            elif want: out[1, rows] = _entropies(logp.exp(), logp)
         ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.head else (saved,)))
         return out
 
@@ -96,7 +97,7 @@ class _TokenLogprobs(torch.autograd.Function):
         saved, = ctx.saved_tensors
         return (g[:len(saved), :, None]*saved).sum(0).to(saved.dtype), *(None,)*7
 
-# %% ../nbs/machinery/logprobs.ipynb #tddc1c9c5
+# %% ../nbs/machinery/logprobs.ipynb #c014
 def token_logprobs(
     hidden:Tensor,             # (P, H) last hidden states at the positions that predict the targets
     targets:Tensor,            # (P,) token ids, all >= 0
@@ -112,6 +113,7 @@ def token_logprobs(
                          "and (P,)")
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be above 0; greedy actions have no density")
+    chunk = max(1, -(-len(targets)//max(1, -(-len(targets)//chunk))))   # as many chunks, of one size
     weight,bias = head_weight(lm_head)
     device = hidden.device.type
     if torch.is_autocast_enabled(device): weight = weight.to(torch.get_autocast_dtype(device))
