@@ -8,9 +8,8 @@ __all__ = ['start_run', 'of_difficulty', 'build_tasks', 'build_team', 'build_env
            'evaluate_team']
 
 # %% ../nbs/05_appo.ipynb #c003
-import json,os,signal,threading
+import json,signal,threading
 from contextlib import contextmanager
-import torch
 from tqdm import tqdm
 from .appo_config import APPOConfig
 from .config import configure,resolve_path
@@ -21,7 +20,7 @@ from .marft_env import CodeEnv,load_profiles,make_env
 from .ppo import appo_loss,gae,group_advantages,tppo_loss
 from .progress import evaluate_end,evaluate_start,report,summarise
 from .qlora_load import load_base,lora_config
-from .ranks import total,world
+from .ranks import start_ranks,total,world
 from .runs import Run,set_seed
 from .sandbox import Pool
 from .session import Ablation,Session
@@ -29,7 +28,7 @@ from .tasks import select_tasks
 from .team import Team,lora_settings
 from .team_eval import evaluate_team
 
-# %% ../nbs/05_appo.ipynb #t55249518
+# %% ../nbs/05_appo.ipynb #c004
 _all_ = ["APPOConfig", "Ablation", "Session", "Team", "appo_loss", "tppo_loss", "gae", "group_advantages",
          "evaluate_team"]
 
@@ -130,26 +129,19 @@ def interruptible():
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/05_appo.ipynb #c022
+# %% ../nbs/05_appo.ipynb #c021
 def _save_team(s, folder):
     "The team alone, by the first of several ranks."
     with atomic_dir(folder) as tmp: s.team.save(tmp)
 
-def _start_ranks()->int:
-    "Join the other processes of an `accelerate launch`; this process's number."
-    if int(os.environ.get("WORLD_SIZE", 1))>1:
-        from accelerate import PartialState
-        return PartialState(cpu=not torch.cuda.is_available()).process_index
-    return 0
-
-# %% ../nbs/05_appo.ipynb #t54b71920
+# %% ../nbs/05_appo.ipynb #c022
 def train_appo(
     cfg:APPOConfig,
     run:Run,
     ablation:Ablation=Ablation(),  # seams for experiments
 )->dict:                           # summary; `outputs` names what was written
     "Train the team; Ctrl-C or SIGTERM writes a checkpoint first."
-    rank = _start_ranks()
+    rank = start_ranks()
     set_seed(cfg.seed)
     train,test = build_tasks(cfg)
     team = build_team(cfg)

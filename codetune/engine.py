@@ -84,7 +84,8 @@ class TransformersEngine:
     "Samples with the team's own model and adapters."
     def __init__(self,
         max_batch_tokens:int=32768,  # bounds the key-value cache: rows x (prompt + new tokens)
-    ): self.max_batch_tokens = max_batch_tokens
+        copy_bytes:int=2**31,        # on a CPU, weights that may be copied for speed; training frees the copy
+    ): self.max_batch_tokens,self.copy_bytes = max_batch_tokens,copy_bytes
 
     def refresh(self, team): pass    # the adapters are the team's own
 
@@ -105,7 +106,7 @@ class TransformersEngine:
 # %% ../nbs/machinery/engine.ipynb #c015
 def _decode(self, team, prompts, sampling, generator):
     "Prefill `prompts` and sample until every row has ended."
-    logits,cache,mask = team.prefill(prompts, sampling.max_new_tokens)
+    logits,cache,mask = team.prefill(prompts, sampling.max_new_tokens, self.copy_bytes)
     live,out = list(range(len(prompts))),[Completion([], [], True) for _ in prompts]
     for t in range(sampling.max_new_tokens):
         tokens,lp = draw(logits, sampling, generator)

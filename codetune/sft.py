@@ -24,6 +24,7 @@ from .oom import advise_on_memory
 from .packing import add_label_loss, check_isolation
 from .probe import pass_at_1
 from .qlora_load import load_base, model_folder
+from .ranks import leave_at_exit
 from .records import newest_checkpoint
 from .runs import Run, set_seed
 from .sft_config import SFTConfig
@@ -159,6 +160,7 @@ def train_sft(
     run:Run,
 )->dict:            # summary with outputs: adapter or model
     "Fine-tune, validate, and write `adapter/` (or `model/`)."
+    leave_at_exit()
     with advise_on_memory(cfg): trainer = make_trainer(cfg, run)
     if cfg.overwrite and run.is_main: _clear(run.out)
     name, note = ("model", None) if cfg.method == "full" else ("adapter", trainer.note)

@@ -16,6 +16,7 @@ from torch import Tensor,nn
 from fastcore.basics import patch
 from peft import LoraConfig
 from .engine import Sampling,TransformersEngine,support
+from .fast_decode import FastDecode,decodes_fast
 from .fast_lora import fast_lora
 from .lean import lean_layers
 from .logprobs import head_weight,token_logprobs
@@ -67,7 +68,8 @@ class Team:
     ):
         self.roles,self.profiles = adapter_names(profiles, base),profiles
         self.tokenizer,self.source = tokenizer,source or {}
-        self.engine,self._seen,self._active = engine or TransformersEngine(),OrderedDict(),None
+        self.engine,self._seen = engine or TransformersEngine(),OrderedDict()
+        self._active,self._decoder = None,None
         self.adapters,cfg = self.roles+["reference"]*bool(init_adapter),lora_settings(lora_cfg, init_adapter)
         self.device,self.model = next(base.parameters()).device,base
         for name in self.adapters:
@@ -101,10 +103,11 @@ def _wire(self:Team, gradient_checkpointing):
     self.checkpointing = gradient_checkpointing
     if gradient_checkpointing: self.causal.gradient_checkpointing_enable({"use_reentrant": False})
 
-# %% ../nbs/machinery/team.ipynb #tdf562751
+# %% ../nbs/machinery/team.ipynb #c012
 @patch
 def _mode(self:Team):
     "Checkpointing needs train mode, a key-value cache eval mode; without dropout both compute the same."
+    if torch.is_grad_enabled(): self._decoder = None     # training needs the memory of the copy
     train = self.checkpointing and torch.is_grad_enabled()
     if self.model.training!=train: self.model.train(train)
 
@@ -122,7 +125,7 @@ def freeze(self:Team)->Team:
     self._flags()
     return self
 
-# %% ../nbs/machinery/team.ipynb #c018
+# %% ../nbs/machinery/team.ipynb #c014
 @patch
 def adapter_of(self:Team,
     agent:int|str|None,  # number of a role, "start", or None for the bare base
@@ -149,14 +152,17 @@ def use(self:Team,
         self._flags(); yield
     self._flags(); self._casts.clear()
 
-# %% ../nbs/machinery/team.ipynb #c019
+# %% ../nbs/machinery/team.ipynb #c015
 @patch
 def prefill(self:Team,
     prompts:list[list[int]],
     room:int=0,    # tokens to come
+    copy_bytes:int=0, # weights that may be copied for the steps that follow (`codetune.fast_decode`)
 )->tuple:          # (B, V) logits of the next token, the cache and its (B, W) mask
     "Read the prompts with whichever adapter is active."
     self._mode()
+    if not decodes_fast(self.trunk, self.head, copy_bytes): self._decoder = None
+    elif self._decoder is None: self._decoder = FastDecode(self.trunk, self.head)
     h,cache,mask = prefill(self.trunk, prompts, self.pad_id, room)
     return self.head(h), cache, mask
 
@@ -169,11 +175,14 @@ def step(self:Team,
 )->tuple:          # (B, V) logits of the last position, and the cache
     "One step of generation with whichever adapter is active."
     self._mode()
+    if self._decoder is not None:
+        if "decoder" not in self._casts: self._decoder.adapt(); self._casts["decoder"] = True
+        return self._decoder.step(ids, mask, positions, cache), cache
     o = self.trunk(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                    use_cache=True)
     return self.head(o.last_hidden_state[:,-1]), o.past_key_values
 
-# %% ../nbs/machinery/team.ipynb #c020
+# %% ../nbs/machinery/team.ipynb #c016
 @patch
 def generate(self:Team,
     agent:int|str|None,        # who speaks, as for `use`
@@ -186,7 +195,7 @@ def generate(self:Team,
     texts = self.tokenizer.batch_decode([c.ids for c in done], skip_special_tokens=True)
     return [Action(list(p), c.ids, t, c.truncated, c.logprobs) for p,c,t in zip(prompts, done, texts)]
 
-# %% ../nbs/machinery/team.ipynb #c022
+# %% ../nbs/machinery/team.ipynb #c018
 @patch
 def hidden(self:Team,
     prompts:list[list[int]],
@@ -200,7 +209,7 @@ def hidden(self:Team,
     before = [range(len(p)-1, len(p)-1+len(a)) for p,a in zip(prompts, actions)]
     return row_hidden(self.trunk, rows, before, self.pad_id), place
 
-# %% ../nbs/machinery/team.ipynb #c023
+# %% ../nbs/machinery/team.ipynb #c019
 @patch
 def logprobs(self:Team,
     agent:int|str|None,        # who is asked, as for `use`
@@ -217,13 +226,13 @@ def logprobs(self:Team,
         out = lp.new_zeros(2, *place.shape)
         return out[0].masked_scatter(place, lp), out[1].masked_scatter(place, H), place
 
-# %% ../nbs/machinery/team.ipynb #c024
+# %% ../nbs/machinery/team.ipynb #c020
 @patch
 def _score(self:Team, h, y, s, entropy_grad):
     "Log-probabilities and entropies of the ids `y` under the sampling distribution `s`."
     t = s.temperature or 1.
     if not s.top_k and s.top_p>=1:
-        rows = 512 if h.is_cuda else max(1, 2**21//self.head.out_features)
+        rows = 512 if h.is_cuda else max(1, 2**22//self.head.out_features)
         out = token_logprobs(h, y, self.head, t, chunk=rows, entropy=entropy_grad is not None,
                              entropy_grad=bool(entropy_grad))
         return out if entropy_grad is not None else (out, torch.zeros_like(out))
@@ -232,7 +241,7 @@ def _score(self:Team, h, y, s, entropy_grad):
     lp = support((z if z.dtype==torch.float64 else z.float())/t, s.top_k, s.top_p, keep=y).log_softmax(-1)
     return lp.gather(-1, y[:,None])[:,0], torch.special.entr(lp.exp()).sum(-1)
 
-# %% ../nbs/machinery/team.ipynb #c026
+# %% ../nbs/machinery/team.ipynb #c022
 @patch
 @torch.no_grad()
 def features(self:Team,
@@ -256,7 +265,7 @@ def forget(self:Team):
     "Drop the remembered features."
     self._seen.clear()
 
-# %% ../nbs/machinery/team.ipynb #c027
+# %% ../nbs/machinery/team.ipynb #c023
 @patch
 @torch.no_grad()
 def token_features(self:Team,
