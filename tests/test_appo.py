@@ -319,8 +319,8 @@ from codetune.learner import *
 from codetune.rollout import Rollout, credit
 from codetune.runs import set_seed
 import importlib.util; spec = importlib.util.spec_from_file_location("t", sys.argv[2]); t = importlib.util.module_from_spec(spec); spec.loader.exec_module(t); config = t.config
-from codetune.appo import _start_ranks
-rank = _start_ranks()
+from codetune.ranks import start_ranks
+rank = start_ranks()
 assert world() == int(os.environ.get("WORLD_SIZE", 1))
 set_seed(0)
 cfg = config(num_mini_batch=1, n_rollout_threads=8, max_grad_norm=1e9)
