@@ -7,7 +7,7 @@ __all__ = ['Ablation', 'Session', 'rng_state', 'set_rng_state', 'find_checkpoint
            'describe_messages']
 
 # %% ../nbs/machinery/session.ipynb #c003
-import json,random,shutil,time
+import json,pickle,random,shutil,time
 from dataclasses import asdict,dataclass
 from pathlib import Path
 import numpy as np
@@ -23,7 +23,7 @@ from .files import atomic_dir,write_json
 from .records import newest_checkpoint
 from .team import Team
 
-# %% ../nbs/machinery/session.ipynb #c010
+# %% ../nbs/machinery/session.ipynb #c006
 @dataclass(frozen=True)
 class Ablation:
     "Seams for experiments; the defaults change nothing."
@@ -31,7 +31,7 @@ class Ablation:
     relay:object=None   # (agent, texts) -> what others hear
     pay:object=None     # (S, B, N) rewards -> rewards
 
-# %% ../nbs/machinery/session.ipynb #c011
+# %% ../nbs/machinery/session.ipynb #c007
 _SETTINGS = """ppo_epoch critic_epochs num_mini_batch gradient_cp_steps clip_param entropy_coef kl_coef
     kl_threshold max_grad_norm use_clipped_value_loss huber_delta normalization_mode""".split()
 
@@ -50,7 +50,7 @@ class Session:
         self.learner = Learner(team, settings, cfg.sampling, cfg.lr, cfg.critic_lr, self.shuffle)
         self.update,self.env_steps,self.best,self.start_rate,self.log,self.saved = 0,0,-1.,None,[],None
 
-# %% ../nbs/machinery/session.ipynb #c013
+# %% ../nbs/machinery/session.ipynb #c009
 def rng_state()->dict:
     "State of the generators of python, numpy and torch, as `torch.save` may hold it."
     return dict(python=random.getstate(),
@@ -68,7 +68,7 @@ def set_rng_state(
     torch.set_rng_state(r["torch"])
     if r["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(r["cuda"])
 
-# %% ../nbs/machinery/session.ipynb #t952c2423
+# %% ../nbs/machinery/session.ipynb #c012
 def _clone(x):
     "A deep copy in which tensors are cloned."
     if isinstance(x, torch.Tensor): return x.detach().clone()
@@ -76,7 +76,7 @@ def _clone(x):
     if isinstance(x, (list, tuple)): return type(x)(_clone(v) for v in x)
     return x
 
-# %% ../nbs/machinery/session.ipynb #t10fd94c3
+# %% ../nbs/machinery/session.ipynb #c013
 @patch
 def state(self:Session)->dict:
     "A copy of everything that the next update depends on."
@@ -86,7 +86,7 @@ def state(self:Session)->dict:
     return _clone(dict(team=self.team.lora, head=self.team.value_head.state_dict(),
                        optimizers=self.learner.state_dict())) | dict(rng=rng, where=where)
 
-# %% ../nbs/machinery/session.ipynb #t69b8bdea
+# %% ../nbs/machinery/session.ipynb #c014
 @patch
 def load(self:Session,
     s:dict,   # from `state`; without `team` and `head` where the weights are already there
@@ -102,7 +102,7 @@ def load(self:Session,
     self.update,self.env_steps,self.best,self.log = w["update"],w["env_steps"],w["best"],list(w["log"])
     self.start_rate = w.get("start_rate")
 
-# %% ../nbs/machinery/session.ipynb #te86b4a77
+# %% ../nbs/machinery/session.ipynb #c016
 @patch
 def save(self:Session,
     folder:Path,   # must not exist
@@ -119,7 +119,7 @@ def save(self:Session,
                         parameters=asdict(self.cfg)))
     return folder
 
-# %% ../nbs/machinery/session.ipynb #t7d6afe9a
+# %% ../nbs/machinery/session.ipynb #c017
 def find_checkpoint(
     path:str|Path,  # a checkpoint, or a run directory
 )->Path:            # the folder of a checkpoint that training can go on from
@@ -133,23 +133,31 @@ def find_checkpoint(
         raise ValueError(f"{folder} is no whole checkpoint, it lacks optimizer.pt; give another one")
     return folder
 
-# %% ../nbs/machinery/session.ipynb #te9e84106
+# %% ../nbs/machinery/session.ipynb #c018
+def _optimizer_state(folder):
+    "What a checkpoint's optimizer.pt holds."
+    path = folder/"optimizer.pt"
+    try: return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) cannot be read, it is cut off or no file of "
+                         "codetune's; resume from another checkpoint of the run") from e
+
 @patch
 def resume(self:Session,
     path:str|Path,  # a checkpoint, or a run directory
 )->Path:            # the checkpoint
     "Go on from a checkpoint."
     folder = find_checkpoint(path)
-    self.team.restore(folder)
-    s = torch.load(folder/"optimizer.pt", map_location="cpu", weights_only=True)
+    s = _optimizer_state(folder)
     if len(s["ranks"])!=world():
         raise ValueError(f"{folder} was written by {len(s['ranks'])} processes, now there are {world()}; "
                          "resume with as many")
+    self.team.restore(folder)
     self.load(dict(optimizers=s["optimizers"], **s["ranks"][self.rank]))
     if not self.rank: print(f"resumed from {folder.name}: {self.update} of {self.cfg.n_updates} updates done")
     return folder
 
-# %% ../nbs/machinery/session.ipynb #c016
+# %% ../nbs/machinery/session.ipynb #c020
 def agents_in_turn(
     cfg,              # APPOConfig
     update:int,       # number of this update, from 0
@@ -160,7 +168,7 @@ def agents_in_turn(
     if update<cfg.warmup_steps: return []
     return [env_steps//cfg.agent_iteration_interval%n] if cfg.agent_iteration_interval else list(range(n))
 
-# %% ../nbs/machinery/session.ipynb #t6a621384
+# %% ../nbs/machinery/session.ipynb #c022
 @patch
 def play(self:Session)->dict:
     "One update; returns its metrics and keeps the rollout for a look."
@@ -180,7 +188,7 @@ def play(self:Session)->dict:
     out |= describe_rollout(self.team, ro) | {f"time/{k}_s":v for k,v in seconds.items()}
     return self._count(out | {"lr/policy":cfg.lr*scale})
 
-# %% ../nbs/machinery/session.ipynb #t1e2b82ca
+# %% ../nbs/machinery/session.ipynb #c023
 @patch
 def _count(self:Session, row):
     "Keep an update's metrics, with what the run has cost so far."
@@ -189,7 +197,7 @@ def _count(self:Session, row):
                            "count/tokens":before+int(row["count/tokens"])})
     return self.log[-1]
 
-# %% ../nbs/machinery/session.ipynb #c022
+# %% ../nbs/machinery/session.ipynb #c025
 _STATUSES = ("failed", "timeout", "oom", "crash", "tampered")
 
 def describe_rollout(
@@ -211,7 +219,7 @@ def describe_rollout(
     tokens = sum(out[f"length/{role}"] for role in team.roles)*n
     return out | {"time/tokens_per_s":tokens/max(1e-9, ro.seconds["generate"]), "count/tokens":round(tokens)}
 
-# %% ../nbs/machinery/session.ipynb #c023
+# %% ../nbs/machinery/session.ipynb #c026
 def describe_messages(
     actions:list,  # one agent's
 )->dict:           # metric -> mean
@@ -222,7 +230,7 @@ def describe_messages(
                 empty=share(lambda a: not a.text.strip()),
                 degenerate=share(lambda a: not a.text.strip() or repetition(a.ids)>.5))
 
-# %% ../nbs/machinery/session.ipynb #t86a67327
+# %% ../nbs/machinery/session.ipynb #c029
 @patch
 def keep_best(self:Session, run, rate:float):
     "Replace `best/` if this is the best held-out pass rate so far."
@@ -237,7 +245,7 @@ def keep_best(self:Session, run, rate:float):
     new.rename(best)
     if old.exists(): shutil.rmtree(old)
 
-# %% ../nbs/machinery/session.ipynb #t333bf2b5
+# %% ../nbs/machinery/session.ipynb #c030
 @patch
 def bring_best(self:Session, run, folder:Path):
     "Copy `best/` from beside the checkpoint `folder`, if that was the best then."
@@ -246,7 +254,7 @@ def bring_best(self:Session, run, folder:Path):
     if json.loads((best/"trainer_state.json").read_text())["best"]!=self.best: return
     with atomic_dir(run.checkpoints/"best") as tmp: shutil.copytree(best, tmp, dirs_exist_ok=True)
 
-# %% ../nbs/machinery/session.ipynb #tbf45a24a
+# %% ../nbs/machinery/session.ipynb #c031
 @patch
 def checkpoint(self:Session, run):
     "Write `steps_<update>` and let the oldest beyond `keep_checkpoints` go."
@@ -257,7 +265,7 @@ def checkpoint(self:Session, run):
     steps = sorted(run.checkpoints.glob("steps_*"), key=lambda p: int(p.name[6:]))
     for p in steps[:-max(1, self.cfg.keep_checkpoints)]: shutil.rmtree(p)
 
-# %% ../nbs/machinery/session.ipynb #t0493491a
+# %% ../nbs/machinery/session.ipynb #c032
 @patch
 def dialogues(self:Session, run, n:int=2):
     "Keep rollouts of the latest update, of `n` problems, with their verdicts."

@@ -210,7 +210,7 @@ def main(a):
     print("\n".join(head))
     rows, said = [], []
     for name, e, n in [(m, e, n) for m in a.models for e in a.epochs for n in a.samples if e == a.epochs[0] or n == a.samples[0]]:
-        rounds = [[measure(name, e, n, w, a.cpu) for w in ((), TEXTBOOK, WASTE)] for _ in range(a.repeats if e == a.epochs[0] else 1)]
+        rounds = [[measure(name, e, n, w, a.cpu) for w in ((), TEXTBOOK, WASTE)] for _ in range(a.repeats if (e, n) == (a.epochs[0], a.samples[0]) else 1)]
         ours, book, strict = sorted(rounds, key=lambda x: both(x[1])/both(x[0]))[len(rounds)//2]
         rows += [ours, book, strict]; said.append(verdict(ours, book, strict)); print(said[-1], flush=True)
         if len(rounds) > 1: said.append("the rounds' ratios: " + ", ".join(f"{both(x[1])/both(x[0]):.2f}" for x in rounds)); print(said[-1], flush=True)
@@ -235,7 +235,7 @@ if __name__ == "__main__":
     ap.add_argument("--models", nargs="*", default=["embedded", "qwen2x8"])
     ap.add_argument("--epochs", nargs="*", type=int, default=[1, 5])
     ap.add_argument("--samples", nargs="*", type=int, default=[2, 1], help="samples of a task; all but the first at the first number of epochs only")
-    ap.add_argument("--repeats", type=int, default=1, help="rounds at the first number of epochs")
+    ap.add_argument("--repeats", type=int, default=1, help="rounds of each model's first case")
     ap.add_argument("--costs", action="store_true", help="also switch each difference off by itself, for the last model's first case")
     ap.add_argument("--cpu", action="store_true", help="CPU seconds instead of wall clock, for a busy machine")
     ap.add_argument("--write", action="store_true", help="write results/appo.md")
