@@ -10,6 +10,7 @@ from types import MethodType
 import torch
 from torch import nn
 import torch.nn.functional as F
+from .fast_lora import gated_linear
 
 # %% ../nbs/machinery/lean.ipynb #c006
 def _normed(x, weight, eps):
@@ -56,9 +57,10 @@ def _norm(self, x):
     if torch.is_grad_enabled(): return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
     return _normed(x, self.weight, self.variance_epsilon)[0]
 
+def _gated(gate, up): return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+
 def _mlp(self, x):
-    gate,up = self.gate_proj(x),self.up_proj(x)
-    return self.down_proj(_SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up))
+    return gated_linear(self.down_proj, self.gate_proj(x), self.up_proj(x), _gated)
 
 def lean_layers(
     model:nn.Module,  # any model of transformers
