@@ -41,7 +41,8 @@ class _LoRALinear(torch.autograd.Function):
         if gate is not None:
             s = F.silu(gate)
             p,dgate,dx = s*x,torch.ops.aten.silu_backward(dx*x, gate),dx.mul_(s)
-        return dx, dgate, None, None, (dz.T@p).to(ctx.kinds[0]), (g.T@z).to(ctx.kinds[1]).mul_(ctx.scale), None
+        dA,dB = (dz.T@p).to(ctx.kinds[0]),(g.T@z).to(ctx.kinds[1]).mul_(ctx.scale)
+        return dx, dgate, None, None, dA, dB, None
 
 def _apply(m, x, gate=None):
     name,rows = m.active_adapters[0],x.flatten(0, -2)
