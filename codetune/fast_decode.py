@@ -44,8 +44,7 @@ class Together:
     def adapt(self):
         "Take the weights of the adapter that is active now, if one is."
         on = [(m, n, i) for i,m in enumerate(self.layers) if isinstance(m, LoraLayer)
-              and not m.disable_adapters
-              for n in m.active_adapters if n in m.lora_A]
+              and not m.disable_adapters for n in m.active_adapters if n in m.lora_A]
         self.A = None
         if not on: return
         dtype,ranks = _base(self.layers[0]).weight.dtype,[m.lora_A[n].weight.shape[0] for m,n,_ in on]

@@ -21,6 +21,7 @@ def _matrices(layer, name, dtype):
     if keep is not None: keep[layer, name] = out
     return out
 
+# %% ../nbs/machinery/fast_lora.ipynb #c006
 class _LoRALinear(torch.autograd.Function):
     "x W' + b + scale (x A') B' with frozen W and b; with a gate, of x silu(gate), which is not kept."
     @staticmethod
@@ -44,7 +45,9 @@ class _LoRALinear(torch.autograd.Function):
         dA,dB = (dz.T@p).to(ctx.kinds[0]),(g.T@z).to(ctx.kinds[1]).mul_(ctx.scale)
         return dx, dgate, None, None, dA, dB, None
 
+# %% ../nbs/machinery/fast_lora.ipynb #c007
 def _apply(m, x, gate=None):
+    "One layer of `fast_lora`'s, with gradients."
     name,rows = m.active_adapters[0],x.flatten(0, -2)
     y = _LoRALinear.apply(rows, None if gate is None else gate.flatten(0, -2), m.base_layer.weight,
                           m.base_layer.bias, m.lora_A[name].weight, m.lora_B[name].weight, m.scaling[name])
@@ -54,10 +57,10 @@ def _trains(m, x):
     "Is it a layer of `fast_lora`'s whose adapter alone wants gradients?"
     base = getattr(m, "base_layer", None)
     return (torch.is_grad_enabled() and type(base) is nn.Linear and "casts" in m.__dict__
-            and not m.disable_adapters
-            and m.active_adapters[0] in m.lora_A and x.dtype==base.weight.dtype
-            and not base.weight.requires_grad)
+            and not m.disable_adapters and m.active_adapters[0] in m.lora_A
+            and x.dtype==base.weight.dtype and not base.weight.requires_grad)
 
+# %% ../nbs/machinery/fast_lora.ipynb #c008
 def gated_linear(
     layer:nn.Module,   # linear, with LoRA or without
     gate:Tensor,       # (..., K)
@@ -78,10 +81,10 @@ def _forward(self, x, *args, **kw):
     A,B = _matrices(self, name, y.dtype)
     return y.addmm_(rows.to(y.dtype)@A.T, B.T, alpha=self.scaling[name]).view(*x.shape[:-1], -1)
 
-# %% ../nbs/machinery/fast_lora.ipynb #c006
+# %% ../nbs/machinery/fast_lora.ipynb #c009
 def plain_lora(
-    m:nn.Module,
-)->bool:
+    m:nn.Module,   # any module
+)->bool:       # whether `fast_lora` takes it
     "Whether a module is LoRA on a linear layer and nothing more: no DoRA, no bias."
     return (isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Linear) and len(m.lora_A)
             and not m.lora_variant and not any(b.bias is not None for b in m.lora_B.values()))
