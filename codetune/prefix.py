@@ -90,8 +90,9 @@ def takes_tree(
 )->bool:               # whether `row_hidden` shares beginnings in it
     "Is every layer full attention through `tree_attention`?"
     c = trunk.config
-    return c._attn_implementation=="tree" and set(getattr(c, "layer_types", None)
-                                                  or ["full_attention"])=={"full_attention"}
+    kinds = getattr(c, "layer_types", None) or ["sliding" if getattr(c, "sliding_window", None)
+                                                else "full_attention"]
+    return c._attn_implementation=="tree" and set(kinds)=={"full_attention"}
 
 def _inputs(tree, trunk, device):
     "A tree as arguments of a decoder; an empty mask of four dimensions, where none would be built of (T, T)."
@@ -105,7 +106,8 @@ DENSE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3
 def _run(trunk, x, at, cache=None):
     "Last hidden states at the places `at`; a dense decoder's last MLP is computed nowhere else."
     last = trunk.layers[-1]
-    if type(last).__name__ not in DENSE or trunk._forward_hooks or last._forward_hooks:
+    if type(last).__name__ not in DENSE or trunk._forward_hooks or last._forward_hooks \
+            or hasattr(last, "_hf_hook"):               # accelerate moves whole layers
         return trunk(**x, past_key_values=cache,
                      use_cache=cache is not None).last_hidden_state.flatten(0, 1)[at]
     h = trunk.embed_tokens(x["input_ids"])
@@ -133,7 +135,7 @@ def row_hidden(
     at = torch.tensor([i*W+k for i,ks in enumerate(places) for k in ks], device=device, dtype=torch.long)
     return trunk(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[at]
 
-# %% ../nbs/machinery/prefix.ipynb #c021
+# %% ../nbs/machinery/prefix.ipynb #c023
 class RoomyLayer(DynamicLayer):
     "Keys and values of one layer with room for more; attention is given all of it, and a mask."
     def __init__(self,
@@ -166,7 +168,7 @@ class RoomyLayer(DynamicLayer):
         "Keep these rows."
         self.keys,self.values = self.keys[indices],self.values[indices]
 
-# %% ../nbs/machinery/prefix.ipynb #c023
+# %% ../nbs/machinery/prefix.ipynb #c025
 def left_pad(
     rows:list[list[int]],
     fill:int,
