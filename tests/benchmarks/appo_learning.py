@@ -89,7 +89,8 @@ def settings(variant, seed, given):
 
 
 def answer(team, cfg, path, who="team", heard="own"):
-    from codetune.appo import build_tasks, evaluate_team, write_rows
+    from codetune.appo import build_tasks
+    from codetune.team_eval import evaluate_team, write_rows
     from codetune.sandbox import Pool
 
     if path.exists():
