@@ -172,7 +172,7 @@ def p_text(p):
 
 
 def report(out):
-    from codetune.appo import pass_rates
+    from codetune.team_eval import pass_rates
     from codetune.evaluations import read_rows
     from codetune.passk import compare, estimate, pool_seeds
 
