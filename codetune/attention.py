@@ -48,8 +48,6 @@ class _Products(torch.autograd.Function):
         return (ds@k).mul_(ctx.scale).view(shape), ds.transpose(-1, -2)@q, p.transpose(-1, -2)@g, None, None
 
 # %% ../nbs/machinery/attention.ipynb #c009
-MAX_SCORES = 2**23  # entries of the matrix of scores, all heads together; beyond it, the fused kernel
-
 def additive(
     seen:Tensor,         # bool, True where a key is seen
     dtype:torch.dtype,   # of the scores
@@ -65,6 +63,9 @@ def short_mask(*args, dtype:torch.dtype=torch.float32, **kwargs)->Tensor|None:
     "transformers' mask for `sdpa`, on a CPU ready to be added."
     seen = sdpa_mask(*args, dtype=dtype, **kwargs)
     return seen if seen is None or seen.device.type!="cpu" else additive(seen, dtype)
+
+# %% ../nbs/machinery/attention.ipynb #c010
+MAX_SCORES = 2**23  # entries of the matrix of scores, all heads together; beyond it, the fused kernel
 
 def short_attention(
     module:nn.Module,   # the attention layer

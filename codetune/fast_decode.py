@@ -9,10 +9,13 @@ __all__ = ['ROWS', 'Together', 'FastDecode', 'decodes_fast']
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor,nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import additive,short_attention
 from .fast_lora import plain_lora
+from .lean import silu_gated
 from .prefix import DENSE,takes_tree
 
 # %% ../nbs/machinery/fast_decode.ipynb #c006
@@ -40,20 +43,6 @@ class Together:
         self.W = torch.ops.mkldnn._reorder_linear_weight(W, ROWS) if self.ready else W
         self.A = None
 
-    @torch.no_grad()
-    def adapt(self):
-        "Take the weights of the adapter that is active now, if one is."
-        on = [(m, n, i) for i,m in enumerate(self.layers) if isinstance(m, LoraLayer)
-              and not m.disable_adapters for n in m.active_adapters if n in m.lora_A]
-        self.A = None
-        if not on: return
-        dtype,ranks = _base(self.layers[0]).weight.dtype,[m.lora_A[n].weight.shape[0] for m,n,_ in on]
-        self.A = torch.cat([m.lora_A[n].weight for m,n,_ in on]).to(dtype)
-        self.B = self.A.new_zeros(sum(ranks), sum(self.sizes))
-        for k,(m,n,i) in enumerate(on):
-            to = slice(sum(self.sizes[:i]), sum(self.sizes[:i+1]))
-            self.B[sum(ranks[:k]):sum(ranks[:k+1]),to] = m.lora_B[n].weight.T*m.scaling[n]
-
     def __call__(self,
         x:Tensor,    # (M, K)
     )->Tensor:       # (M, N of all layers)
@@ -61,7 +50,23 @@ class Together:
             else F.linear(x, self.W, self.bias)
         return y if self.A is None else y.addmm_(x@self.A.T, self.B)
 
-# %% ../nbs/machinery/fast_decode.ipynb #c008
+# %% ../nbs/machinery/fast_decode.ipynb #c007
+@patch
+@torch.no_grad()
+def adapt(self:Together):
+    "Take the weights of the adapter that is active now, if one is."
+    on = [(m, n, i) for i,m in enumerate(self.layers) if isinstance(m, LoraLayer)
+          and not m.disable_adapters for n in m.active_adapters if n in m.lora_A]
+    self.A = None
+    if not on: return
+    dtype,ranks = _base(self.layers[0]).weight.dtype,[m.lora_A[n].weight.shape[0] for m,n,_ in on]
+    self.A = torch.cat([m.lora_A[n].weight for m,n,_ in on]).to(dtype)
+    self.B = self.A.new_zeros(sum(ranks), sum(self.sizes))
+    for k,(m,n,i) in enumerate(on):
+        to = slice(sum(self.sizes[:i]), sum(self.sizes[:i+1]))
+        self.B[sum(ranks[:k]):sum(ranks[:k+1]),to] = m.lora_B[n].weight.T*m.scaling[n]
+
+# %% ../nbs/machinery/fast_decode.ipynb #c009
 @dataclass
 class _Layer:
     "A decoder layer's parts."
@@ -73,11 +78,15 @@ class _Layer:
     gate_up:Together
     down:Together
 
-def _rotate(x, cos, sin):
-    "Rotary position embedding of (B, heads, D)."
-    a,b = x.chunk(2, -1)
-    return x*cos + torch.cat([-b, a], -1)*sin
+def _heads(l, h, cos, sin):
+    "Query, key and value of a layer, (B, heads, 1, D) each."
+    D = l.attn.head_dim
+    y = l.qkv(l.norm(h)).unflatten(-1, (-1, D))
+    q,k,v = (x[:,:,None] for x in y.split([n//D for n in l.qkv.sizes], 1))
+    if hasattr(l.attn, "q_norm"): q,k = l.attn.q_norm(q),l.attn.k_norm(k)
+    return *apply_rotary_pos_emb(q, k, cos, sin), v
 
+# %% ../nbs/machinery/fast_decode.ipynb #c010
 class FastDecode:
     "Steps of generation with a copy of a decoder's weights."
     def __init__(self,
@@ -110,7 +119,7 @@ class FastDecode:
         room,_ = cache.get_mask_sizes(1, 0)
         bias = additive(F.pad(mask.bool(), (0, room-mask.shape[1]))[:,None,None], h.dtype)
         for i,l in enumerate(self.layers):
-            q,k,v = self._heads(l, h, cos, sin)
+            q,k,v = _heads(l, h, cos, sin)
             k,v = cache.update(k, v, i)
             x,_ = short_attention(l.attn, q, k, v, bias, scaling=l.attn.scaling)
             h = l.o(x.flatten(1)).add_(h)
@@ -118,18 +127,7 @@ class FastDecode:
             h = l.down(F.silu(gate).mul_(up)).add_(h)
         return self.head(self.trunk.norm(h))
 
-    def _heads(self, l, h, cos, sin):
-        "Query, key and value of a layer, (B, heads, 1, D) each."
-        D = l.attn.head_dim
-        n = [s//D for s in l.qkv.sizes]
-        y = l.qkv(l.norm(h)).unflatten(-1, (-1, D))
-        qk,v = y[:,:n[0]+n[1]],y[:,n[0]+n[1]:]
-        if hasattr(l.attn, "q_norm"): qk = torch.cat([l.attn.q_norm(qk[:,:n[0]]), l.attn.k_norm(qk[:,n[0]:])],
-                                                     1)
-        qk = _rotate(qk, cos, sin)
-        return qk[:,:n[0],None], qk[:,n[0]:,None], v[:,:,None]
-
-# %% ../nbs/machinery/fast_decode.ipynb #c010
+# %% ../nbs/machinery/fast_decode.ipynb #c012
 def decodes_fast(
     trunk:nn.Module,   # a decoder of transformers, perhaps with LoRA
     head:nn.Module,
@@ -137,7 +135,6 @@ def decodes_fast(
 )->bool:               # whether `FastDecode` can take its steps
     "Is it a dense decoder on a CPU, in 16 bits or more, with plain LoRA or none?"
     if not takes_tree(trunk) or any(type(m).__name__ not in DENSE for m in trunk.layers): return False
-    def silu(m): return type(m.act_fn) is nn.SiLU or type(m.act_fn).__name__=="SiLUActivation"
     def linear(m):
         b = _base(m)
         plain = not isinstance(m, LoraLayer) or plain_lora(m) and not m.merged and len(m.active_adapters)<2
@@ -145,6 +142,6 @@ def decodes_fast(
     parts = [head, *(p for m in trunk.layers for p in (
         m.self_attn.q_proj, m.self_attn.k_proj, m.self_attn.v_proj, m.self_attn.o_proj,
         m.mlp.gate_proj, m.mlp.up_proj, m.mlp.down_proj))]
-    return all(map(linear, parts)) and all(silu(m.mlp) for m in trunk.layers) \
+    return all(map(linear, parts)) and all(silu_gated(m.mlp) for m in trunk.layers) \
         and not any(m._forward_hooks or m._forward_pre_hooks for m in trunk.modules()) \
         and sum(_base(m).weight.nbytes for m in parts)<=most

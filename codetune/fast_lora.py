@@ -84,7 +84,7 @@ def _forward(self, x, *args, **kw):
 # %% ../nbs/machinery/fast_lora.ipynb #c009
 def plain_lora(
     m:nn.Module,   # any module
-)->bool:       # whether `fast_lora` takes it
+)->bool:         # whether `fast_lora` takes it
     "Whether a module is LoRA on a linear layer and nothing more: no DoRA, no bias."
     return (isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Linear) and len(m.lora_A)
             and not m.lora_variant and not any(b.bias is not None for b in m.lora_B.values()))

@@ -101,6 +101,7 @@ def _inputs(tree, trunk, device):
     return dict(input_ids=ids, position_ids=positions, tree=(tree, masks),
                 attention_mask=torch.empty(1, 1, 0, 0, device=device))
 
+# %% ../nbs/machinery/prefix.ipynb #c017
 DENSE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 def _run(trunk, x, at, cache=None):
@@ -118,6 +119,7 @@ def _run(trunk, x, at, cache=None):
     h = (h + last.self_attn(hidden_states=last.input_layernorm(h), **args)[0]).flatten(0, 1)[at]
     return trunk.norm(h + last.mlp(last.post_attention_layernorm(h)))
 
+# %% ../nbs/machinery/prefix.ipynb #c018
 def row_hidden(
     trunk:nn.Module,        # a decoder of transformers
     rows:list[list[int]],   # token ids; none empty
@@ -135,7 +137,7 @@ def row_hidden(
     at = torch.tensor([i*W+k for i,ks in enumerate(places) for k in ks], device=device, dtype=torch.long)
     return trunk(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[at]
 
-# %% ../nbs/machinery/prefix.ipynb #c023
+# %% ../nbs/machinery/prefix.ipynb #c026
 class RoomyLayer(DynamicLayer):
     "Keys and values of one layer with room for more; attention is given all of it, and a mask."
     def __init__(self,
@@ -168,7 +170,7 @@ class RoomyLayer(DynamicLayer):
         "Keep these rows."
         self.keys,self.values = self.keys[indices],self.values[indices]
 
-# %% ../nbs/machinery/prefix.ipynb #c025
+# %% ../nbs/machinery/prefix.ipynb #c028
 def left_pad(
     rows:list[list[int]],
     fill:int,

@@ -30,8 +30,8 @@ MACHINERY = {  # rooms in the order of a walk through the house; a room that is 
     "Sandbox": "sandbox sandbox_server sandbox_warm sandbox_slot sandbox_worker sandbox_watch sandbox_wire "
     "sandbox_judge sandbox_believe sandbox_outcomes sandbox_evidence sandbox_seal sandbox_io sandbox_tests "
     "sandbox_verdict isolation isolation_layers isolation_calls sandbox_attacks sandbox_canary",
-    "Learning": "appo_config team role_adapters team_store fast_lora logprobs attention prefix lean fast_decode engine engine_vllm "
-    "rollout ppo ranks learner session alarms team_eval",
+    "Learning": "appo_config team role_adapters team_store fast_lora logprobs attention prefix lean fast_decode engine "
+    "engine_vllm rollout ppo ranks learner session alarms team_eval",
     "Seeing": "passk evaluations plots curves report runs_table chat",
 }
 GUIDES = "bring_your_own_data bring_your_own_tasks add_an_agent change_the_reward troubleshooting".split()

@@ -215,12 +215,12 @@ def main(a):
         rows += [ours, book, strict]; said.append(verdict(ours, book, strict)); print(said[-1], flush=True)
         if len(rounds) > 1: said.append("the rounds' ratios: " + ", ".join(f"{both(x[1])/both(x[0]):.2f}" for x in rounds)); print(said[-1], flush=True)
         if a.costs and (name, e, n) == (a.models[-1], a.epochs[0], a.samples[0]):
-            less = [measure(name, e, n, tuple(x for x in TEXTBOOK if x != w), a.cpu) for w in TEXTBOOK]
-            rows += less; said.append(costs(book, less)); print(said[-1], flush=True)
+            less = [measure(name, e, n, tuple(x for x in TEXTBOOK if x != w), a.cpu) for w in WASTE] + [strict]
+            rows += less[:-1]; said.append(costs(book, less)); print(said[-1], flush=True)
     if not a.write: return
     machine = (f"{time.strftime('%Y-%m-%d')}, {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, Python "
                f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; "
-               f"{'CPU seconds' if a.cpu else 'seconds'}, one run each.")
+               f"{'CPU seconds' if a.cpu else 'seconds'}; of each model's first case the median of {a.repeats} round(s), one of the others.")
     text = ["# One APPO rollout and update", "", machine, "", *(f"- {x}" for x in said), "", *head, *map(line, rows), "", *__doc__.splitlines()[4:]]
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "appo.md").write_text("\n".join(text) + "\n")

@@ -1,7 +1,7 @@
 """Does the quickstart's APPO learn, and is it the reward that teaches?
 
     python tests/benchmarks/appo_learning.py train VARIANT SEED [name=value ...] [--out FOLDER]
-    python tests/benchmarks/appo_learning.py report [--out FOLDER]
+    python tests/benchmarks/appo_learning.py report [--out FOLDER] [--to FILE]
     python tests/benchmarks/appo_learning.py [all]
 
 Each `train` starts from the quickstart's SFT adapter (made by its first stages, once), runs
@@ -18,7 +18,7 @@ tasks, 4 samples each, before (once per seed) and after. Variants:
 `all` trains the recipe on three seeds, the shuffled control and the ablations of the message on one; the others
 are trained by name. What is in the folder already is kept, so that it can be interrupted. `report` pools seeds and
 compares each variant with its own starting point, task by task: mean difference, 95 % interval from a bootstrap
-over tasks, sign-flip p. Writes results/appo_learning.md.
+over tasks, sign-flip p. Writes results/appo_learning.md, or FILE.
 """
 
 import argparse, json, os, platform, sys, tempfile, time
@@ -171,7 +171,7 @@ def p_text(p):
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def report(out):
+def report(out, to):
     from codetune.team_eval import pass_rates
     from codetune.evaluations import read_rows
     from codetune.passk import compare, estimate, pool_seeds
@@ -237,8 +237,8 @@ def report(out):
             f"- {d['variant']}, seed {d['seed']} (trained {d['trained']}): "
             + " ".join(f"{r['reward/mean']:.2f}" for r in d["log"])
         )
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "appo_learning.md").write_text("\n".join(lines) + "\n")
+    to.parent.mkdir(exist_ok=True)
+    to.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
@@ -247,6 +247,7 @@ if __name__ == "__main__":
     ap.add_argument("what", nargs="?", default="all", choices=("train", "report", "all"))
     ap.add_argument("rest", nargs="*")
     ap.add_argument("--out", type=Path, default=HERE.parents[1] / "runs" / "appo_learning")
+    ap.add_argument("--to", type=Path, default=HERE / "results" / "appo_learning.md", help="the report")
     a = ap.parse_intermixed_args()
     if a.what == "train":
         train(a.rest[0], int(a.rest[1]), a.out, dict(x.split("=", 1) for x in a.rest[2:]))
@@ -256,4 +257,4 @@ if __name__ == "__main__":
         for v, s in ALL:
             subprocess.run([sys.executable, __file__, "train", v, str(s), "--out", str(a.out)], check=True)
     if a.what != "train":
-        report(a.out)
+        report(a.out, a.to)
