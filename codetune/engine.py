@@ -65,7 +65,7 @@ def draw(
 )->tuple[Tensor,Tensor]:         # (B,) ids and their log-probabilities; greedy ids have log-probability 0
     "Sample one token for each row."
     if sampling.temperature==0: return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)
-    z = support(logits.float()/sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
+    z = support(logits.float()*(1/sampling.temperature), sampling.top_k, sampling.top_p).log_softmax(-1)
     u = torch.rand(len(z), 1, generator=generator, dtype=torch.float64).to(z.device)
     p = torch.nn.functional.pad(z.exp(), (0, -z.shape[-1]%_BLOCK)).unflatten(-1, (-1, _BLOCK))
     k,u = _invert(p.sum(-1), u)
@@ -106,7 +106,7 @@ class TransformersEngine:
 # %% ../nbs/machinery/engine.ipynb #c015
 def _decode(self, team, prompts, sampling, generator):
     "Prefill `prompts` and sample until every row has ended."
-    logits,cache,mask = team.prefill(prompts, sampling.max_new_tokens, self.copy_bytes)
+    logits,read = team.prefill(prompts, sampling.max_new_tokens, self.copy_bytes)
     live,out = list(range(len(prompts))),[Completion([], [], True) for _ in prompts]
     for t in range(sampling.max_new_tokens):
         tokens,lp = draw(logits, sampling, generator)
@@ -119,10 +119,9 @@ def _decode(self, team, prompts, sampling, generator):
         if not on or t+1==sampling.max_new_tokens: break
         if len(on) <= .8*len(live):                # finished rows leave
             keep = torch.tensor(on, device=team.device)
-            cache.batch_select_indices(keep)
-            tokens,mask,live = tokens[keep],mask[keep],[live[k] for k in on]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        logits,cache = team.step(tokens[:,None], mask, mask.sum(-1, keepdim=True)-1, cache)
+            read.keep(keep)
+            tokens,live = tokens[keep],[live[k] for k in on]
+        logits = team.step(tokens[:,None], read)
     return out
 
 TransformersEngine._decode = _decode

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor,nn
+from transformers import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import additive,short_attention
 from .fast_lora import plain_lora
@@ -108,19 +109,18 @@ class FastDecode:
 
     @torch.no_grad()
     def step(self,
-        ids:Tensor,       # (B, 1) tokens drawn last
-        mask:Tensor,      # (B, past + 1), 0 where a row is padded
-        positions:Tensor, # (B, 1)
-        cache,            # of `codetune.prefix`
-    )->Tensor:            # (B, V) logits of the next token
+        input_ids:Tensor,      # (B, 1) tokens drawn last
+        attention_mask:Tensor, # (B, room) of the cache, 0 where it is empty; it and the rest from `Read.grow`
+        position_ids:Tensor,   # (B, 1)
+        past_key_values:Cache, # with a `RoomyLayer` for each layer
+    )->Tensor:                 # (B, V) logits of the next token
         "One token more for each row."
-        h = self.trunk.embed_tokens(ids[:,0])
-        cos,sin = self.trunk.rotary_emb(h, positions)                # (B, 1, D)
-        room,_ = cache.get_mask_sizes(1, 0)
-        bias = additive(F.pad(mask.bool(), (0, room-mask.shape[1]))[:,None,None], h.dtype)
+        h = self.trunk.embed_tokens(input_ids[:,0])
+        cos,sin = self.trunk.rotary_emb(h, position_ids)             # (B, 1, D)
+        bias = additive(attention_mask.bool()[:,None,None], h.dtype)
         for i,l in enumerate(self.layers):
             q,k,v = _heads(l, h, cos, sin)
-            k,v = cache.update(k, v, i)
+            k,v = past_key_values.update(k, v, i)
             x,_ = short_attention(l.attn, q, k, v, bias, scaling=l.attn.scaling)
             h = l.o(x.flatten(1)).add_(h)
             gate,up = l.gate_up(l.norm2(h)).chunk(2, -1)

@@ -17,10 +17,10 @@ from .ranks import gathered,least,sum_gradients,total,world
 from .rollout import Credit,Rollout
 from .team import Team
 
-# %% ../nbs/machinery/learner.ipynb #t2a96f20b
+# %% ../nbs/machinery/learner.ipynb #c004
 _all_ = ["gathered", "least", "sum_gradients", "total", "world"]
 
-# %% ../nbs/machinery/learner.ipynb #c009
+# %% ../nbs/machinery/learner.ipynb #c007
 MAX_LOGRATIO = 20.  # nats; a message 5e8 times as likely as before is a fault, not progress
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Settings:
     huber_delta:float=10.
     normalization_mode:str="sum"    # sum, token or word
 
-# %% ../nbs/machinery/learner.ipynb #c012
+# %% ../nbs/machinery/learner.ipynb #c008
 class Learner:
     "Updates a team from rollouts."
     def __init__(self,
@@ -67,7 +67,7 @@ class Learner:
         for k,o in self._all(): o.load_state_dict(state[k])
     def _all(self): return [*self.opts.items(), ("value_head", self.critic)]
 
-# %% ../nbs/machinery/learner.ipynb #c014
+# %% ../nbs/machinery/learner.ipynb #c010
 def _step(opt, params, max_norm):
     "Clip and step; False, and nothing moves, if the gradient is not finite."
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
@@ -75,7 +75,7 @@ def _step(opt, params, max_norm):
     opt.zero_grad(set_to_none=True)
     return ok, float(norm)
 
-# %% ../nbs/machinery/learner.ipynb #c015
+# %% ../nbs/machinery/learner.ipynb #c011
 @patch
 def update_critic(self:Learner, c:Credit)->dict:
     "Fit the value head to the returns; nothing moves where no sample has a verdict."
@@ -96,7 +96,7 @@ def update_critic(self:Learner, c:Credit)->dict:
             "value/explained_variance": explained_variance(c.values, c.returns),
             "value/mean": c.values.mean().item(), "guard/no_samples": 0}
 
-# %% ../nbs/machinery/learner.ipynb #c017
+# %% ../nbs/machinery/learner.ipynb #c013
 @dataclass
 class Micro:
     "Rows that share one forward pass, and what is fixed about them."
@@ -109,7 +109,7 @@ class Micro:
     old:Tensor=None            # (M, T)
     ref:Tensor=None            # (M, T) of the starting adapter, where wanted
 
-# %% ../nbs/machinery/learner.ipynb #c018
+# %% ../nbs/machinery/learner.ipynb #c014
 @patch
 def lay_out(self:Learner, m, ro:Rollout, c:Credit)->list[list[Micro]]:
     "Agent m's minibatches of micro-batches, without rows that have no verdict; as many on every rank."
@@ -130,7 +130,7 @@ def lay_out(self:Learner, m, ro:Rollout, c:Credit)->list[list[Micro]]:
     plan = plan_minibatches([len(a.prompt)+len(a.ids) for a in rows], n_minis, k, self.generator, groups)
     return [[micro(idx) for idx in mini] for mini in plan]
 
-# %% ../nbs/machinery/learner.ipynb #t68c07f92
+# %% ../nbs/machinery/learner.ipynb #c015
 @patch
 def score(self:Learner, m, x:Micro):
     "Log-probabilities, entropies and mask of a micro-batch now."
@@ -142,17 +142,30 @@ def _plain(self:Learner, who, prompts, ids):
     "Log-probabilities and mask, without entropies."
     return self.team.logprobs(who, prompts, ids, self.sampling, entropy_grad=None)
 
-# %% ../nbs/machinery/learner.ipynb #c020
+# %% ../nbs/machinery/learner.ipynb #c017
+def _generated(x:Micro)->Tensor:  # (M, T), right-padded with 0
+    "Log-probabilities of the generation path."
+    T = max(1, *map(len, x.generated))
+    return torch.tensor([[*lp, *[0.]*(T-len(lp))] for lp in x.generated])
+
 @patch
 @torch.no_grad()
 def remember(self:Learner, m, minis):
-    "Old log-probabilities of the micro-batches, and those of the starting adapter if `kl_coef`."
-    for i,mini in enumerate(minis):
-        for x in mini:
-            if i or self.team.device.type!="cpu": x.old = self.score(m, x)[0]
-            if self.s.kl_coef: x.ref = self._plain("start", x.prompts, x.ids)[0]
+    "Old log-probabilities of the micro-batches that have none; call it before the weights move."
+    batches = [x for mini in minis for x in mini]
+    known = [x for x in batches if x.old is not None]
+    same = known and all(torch.equal(x.old, _generated(x)) for x in known)
+    for x in batches:
+        if x.old is None: x.old = _generated(x) if same else self.score(m, x)[0]
 
-# %% ../nbs/machinery/learner.ipynb #c022
+@patch
+@torch.no_grad()
+def recall_start(self:Learner, minis):
+    "Log-probabilities under the starting adapter."
+    for mini in minis:
+        for x in mini: x.ref = self._plain("start", x.prompts, x.ids)[0]
+
+# %% ../nbs/machinery/learner.ipynb #c019
 @patch
 @torch.no_grad()
 def kl_start(self:Learner,
@@ -170,13 +183,13 @@ def kl_start(self:Learner,
 @patch
 def drift(self:Learner, m, minis)->dict:
     "How far the policy was, before this update, from what generated and from its start."
-    rows = [(p, y, lp[:len(y)], sum(gen)) for mini in minis for x in mini if x.old is not None
+    rows = [(p, y, lp[:len(y)], gen) for mini in minis for x in mini if x.old is not None
             for lp,gen,p,y in zip(x.old, x.generated, x.prompts, x.ids) if len(gen)]
     if not rows: return {}
-    return {"policy/mismatch": sum(abs(lp.sum().item()-gen) for *_,lp,gen in rows)/len(rows),
+    return {"policy/mismatch": sum(abs(sum(lp.tolist())-sum(gen)) for *_,lp,gen in rows)/len(rows),
             "policy/kl_start": self.kl_start(m, [row[:3] for row in rows])}
 
-# %% ../nbs/machinery/learner.ipynb #c023
+# %% ../nbs/machinery/learner.ipynb #c020
 @patch
 def update_policy(self:Learner, m, ro:Rollout, c:Credit)->dict:
     "PPO epochs of agent m; returns means over its steps, and what the guards did."
@@ -188,12 +201,14 @@ def update_policy(self:Learner, m, ro:Rollout, c:Credit)->dict:
         return counts | {"policy/kl_start": self.kl_start(m, [(a.prompt, a.ids, None) for a in ro.rows(m)])}
     minis = self.lay_out(m, ro, c)
     noise,log = None,[]
-    self.remember(m, minis)
+    if s.kl_coef: self.recall_start(minis)
+    if self.team.device.type!="cpu": self.remember(m, minis)
     with self.team.use(m):
         for epoch in range(s.ppo_epoch):
             if epoch: minis = [minis[i] for i in torch.randperm(len(minis), generator=self.generator)]
             for mini in minis:
                 verdict,metrics,noise = self.minibatch(m, mini, noise)
+                if not log: self.remember(m, minis)
                 log.append(metrics)
                 if verdict=="ok":
                     sum_gradients(params)
@@ -205,7 +220,7 @@ def update_policy(self:Learner, m, ro:Rollout, c:Credit)->dict:
                 if verdict=="kl_stop": return _mean(log) | self.drift(m, minis) | counts
     return _mean(log) | self.drift(m, minis) | counts
 
-# %% ../nbs/machinery/learner.ipynb #t703ce0e5
+# %% ../nbs/machinery/learner.ipynb #c021
 @patch
 def minibatch(self:Learner, m, micros, noise)->tuple:
     "Gradients of one minibatch: ('ok', or the guard that forbids them, metrics, KL at unchanged weights)."
@@ -228,13 +243,13 @@ def minibatch(self:Learner, m, micros, noise)->tuple:
         loss.backward()
     return "ok", out, kl if noise is None else noise
 
-# %% ../nbs/machinery/learner.ipynb #tcaa844af
+# %% ../nbs/machinery/learner.ipynb #c022
 def _mean(log):
     "Mean of each metric over the minibatches that have it."
     keys = {k for x in log for k in x}
     return {k: sum(x[k] for x in log if k in x)/sum(k in x for x in log) for k in sorted(keys)}
 
-# %% ../nbs/machinery/learner.ipynb #t37998c94
+# %% ../nbs/machinery/learner.ipynb #c023
 def update(
     learner:Learner,
     ro:Rollout,

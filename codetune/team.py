@@ -20,7 +20,7 @@ from .fast_decode import FastDecode,decodes_fast
 from .fast_lora import fast_lora
 from .lean import lean_layers
 from .logprobs import head_weight,token_logprobs
-from .prefix import prefill,row_hidden
+from .prefix import Read,prefill,row_hidden
 from .qlora_load import add_adapter
 from .role_adapters import adapter_names,adapter_parameters,lora_settings
 from .team_store import base_note,fill,load_team,restore_team,save_adapter,save_team
@@ -158,29 +158,25 @@ def prefill(self:Team,
     prompts:list[list[int]],
     room:int=0,    # tokens to come
     copy_bytes:int=0, # weights that may be copied for the steps that follow (`codetune.fast_decode`)
-)->tuple:          # (B, V) logits of the next token, the cache and its (B, W) mask
+)->tuple[Tensor,Read]: # (B, V) logits of the next token, and what `step` goes on from
     "Read the prompts with whichever adapter is active."
     self._mode()
     if not decodes_fast(self.trunk, self.head, copy_bytes): self._decoder = None
     elif self._decoder is None: self._decoder = FastDecode(self.trunk, self.head)
-    h,cache,mask = prefill(self.trunk, prompts, self.pad_id, room)
-    return self.head(h), cache, mask
+    h,read = prefill(self.trunk, prompts, self.pad_id, room)
+    return self.head(h), read
 
 @patch
 def step(self:Team,
     ids:Tensor,    # (B, 1) tokens drawn last
-    mask:Tensor,   # (B, past + 1)
-    positions:Tensor, # (B, 1)
-    cache,         # key-value cache
-)->tuple:          # (B, V) logits of the last position, and the cache
+    read:Read,     # of `prefill`
+)->Tensor:         # (B, V) logits of the next token
     "One step of generation with whichever adapter is active."
     self._mode()
     if self._decoder is not None:
         if "decoder" not in self._casts: self._decoder.adapt(); self._casts["decoder"] = True
-        return self._decoder.step(ids, mask, positions, cache), cache
-    o = self.trunk(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                   use_cache=True)
-    return self.head(o.last_hidden_state[:,-1]), o.past_key_values
+        return self._decoder.step(ids, **read.grow())
+    return self.head(self.trunk(input_ids=ids, **read.grow(), use_cache=True).last_hidden_state[:,-1])
 
 # %% ../nbs/machinery/team.ipynb #c016
 @patch
@@ -238,7 +234,7 @@ def _score(self:Team, h, y, s, entropy_grad):
         return out if entropy_grad is not None else (out, torch.zeros_like(out))
     weight,bias = head_weight(self.head)
     z = h.to(weight.dtype)@weight.T if bias is None else h.to(weight.dtype)@weight.T+bias
-    lp = support((z if z.dtype==torch.float64 else z.float())/t, s.top_k, s.top_p, keep=y).log_softmax(-1)
+    lp = support((z if z.dtype==torch.float64 else z.float())*(1/t), s.top_k, s.top_p, keep=y).log_softmax(-1)
     return lp.gather(-1, y[:,None])[:,0], torch.special.entr(lp.exp()).sum(-1)
 
 # %% ../nbs/machinery/team.ipynb #c022
