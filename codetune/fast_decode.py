@@ -15,8 +15,9 @@ from torch import Tensor,nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import additive,short_attention
-from .fast_lora import plain_lora
+from .fast_lora import lora_matrices,plain_lora
 from .lean import silu_gated
+from .logprobs import dense_weight
 from .prefix import DENSE,takes_tree
 
 # %% ../nbs/machinery/fast_decode.ipynb #c006
@@ -33,14 +34,15 @@ class Together:
     "Linear layers with one input as one product; holds a copy of their weights."
     @torch.no_grad()
     def __init__(self,
-        layers:list[nn.Module],   # nn.Linear, or PEFT's LoRA around one
+        layers:list[nn.Module],   # nn.Linear or Linear4bit, or PEFT's LoRA around one
     ):
         bases = [_base(m) for m in layers]
         self.layers,self.sizes = layers,[b.out_features for b in bases]
-        W,biases = torch.cat([b.weight for b in bases]),[b.bias for b in bases]
+        weights,biases = zip(*map(dense_weight, bases))
+        W = torch.cat(weights)
         self.bias = None if all(b is None for b in biases) else torch.cat(
             [W.new_zeros(n) if b is None else b for b,n in zip(biases, self.sizes)])
-        self.ready = _lays_out(W.dtype)
+        self.dtype,self.ready = W.dtype,_lays_out(W.dtype)
         self.W = torch.ops.mkldnn._reorder_linear_weight(W, ROWS) if self.ready else W
         self.A = None
 
@@ -60,12 +62,12 @@ def adapt(self:Together):
           and not m.disable_adapters for n in m.active_adapters if n in m.lora_A]
     self.A = None
     if not on: return
-    dtype,ranks = _base(self.layers[0]).weight.dtype,[m.lora_A[n].weight.shape[0] for m,n,_ in on]
-    self.A = torch.cat([m.lora_A[n].weight for m,n,_ in on]).to(dtype)
-    self.B = self.A.new_zeros(sum(ranks), sum(self.sizes))
-    for k,(m,n,i) in enumerate(on):
-        to = slice(sum(self.sizes[:i]), sum(self.sizes[:i+1]))
-        self.B[sum(ranks[:k]):sum(ranks[:k+1]),to] = m.lora_B[n].weight.T*m.scaling[n]
+    factors = [lora_matrices(m, n, self.dtype) for m,n,_ in on]
+    self.A = torch.cat([a for a,_ in factors])
+    self.B,k = self.A.new_zeros(len(self.A), sum(self.sizes)),0
+    for (_,_,i),(a,b) in zip(on, factors):
+        self.B[k:k+len(a),sum(self.sizes[:i]):sum(self.sizes[:i+1])] = b.T
+        k += len(a)
 
 # %% ../nbs/machinery/fast_decode.ipynb #c009
 @dataclass
@@ -128,20 +130,27 @@ class FastDecode:
         return self.head(self.trunk.norm(h))
 
 # %% ../nbs/machinery/fast_decode.ipynb #c012
+def _computes_in(b):
+    "The type of a linear layer's products; None for a kind that is not known."
+    if type(b) is nn.Linear: return b.weight.dtype
+    state = getattr(b.weight, "quant_state", None)
+    known = type(b).__name__=="Linear4bit" and state and not getattr(state, "packing_format_for_cpu", False)
+    return state.dtype if known and b.compute_dtype in (None, state.dtype) else None
+
 def decodes_fast(
     trunk:nn.Module,   # a decoder of transformers, perhaps with LoRA
     head:nn.Module,
     most:int=2**31,    # bytes that the copy may take
 )->bool:               # whether `FastDecode` can take its steps
-    "Is it a dense decoder on a CPU, in 16 bits or more, with plain LoRA or none?"
+    "Is it a dense decoder on a CPU, with plain LoRA or none?"
     if not takes_tree(trunk) or any(type(m).__name__ not in DENSE for m in trunk.layers): return False
     def linear(m):
         b = _base(m)
         plain = not isinstance(m, LoraLayer) or plain_lora(m) and not m.merged and len(m.active_adapters)<2
-        return plain and type(b) is nn.Linear and b.weight.device.type=="cpu" and b.weight.dtype==trunk.dtype
+        return plain and isinstance(b, nn.Linear) and b.weight.device.type=="cpu" and _computes_in(b)==trunk.dtype
     parts = [head, *(p for m in trunk.layers for p in (
         m.self_attn.q_proj, m.self_attn.k_proj, m.self_attn.v_proj, m.self_attn.o_proj,
         m.mlp.gate_proj, m.mlp.up_proj, m.mlp.down_proj))]
     return all(map(linear, parts)) and all(silu_gated(m.mlp) for m in trunk.layers) \
         and not any(m._forward_hooks or m._forward_pre_hooks for m in trunk.modules()) \
-        and sum(_base(m).weight.nbytes for m in parts)<=most
+        and sum(_base(m).in_features*_base(m).out_features for m in parts)*trunk.dtype.itemsize<=most

@@ -223,5 +223,8 @@ def prefill(
     tree,cache = prefix_tree(rows),DynamicCache(config=trunk.config)
     last = torch.tensor([w[-1] for w in tree.where], device=device)
     h = _run(trunk, _inputs(tree, trunk, device), last, cache)
-    held = torch.tensor(pad(tree.where, 0), device=device)
-    return h, Read(Cache([RoomyLayer(x.keys, x.values, held, room) for x in cache.layers]), mask)
+    held,layers = torch.tensor(pad(tree.where, 0), device=device),[]
+    while cache.layers:                              # the tree's keys and values go as the rows' come
+        x = cache.layers.pop(0)
+        layers.append(RoomyLayer(x.keys, x.values, held, room))
+    return h, Read(Cache(layers), mask)

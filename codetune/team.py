@@ -15,11 +15,11 @@ import torch
 from torch import Tensor,nn
 from fastcore.basics import patch
 from peft import LoraConfig
-from .engine import Sampling,TransformersEngine,support
+from .engine import Sampling,TransformersEngine,support,trim
 from .fast_decode import FastDecode,decodes_fast
 from .fast_lora import fast_lora
 from .lean import lean_layers
-from .logprobs import head_weight,token_logprobs
+from .logprobs import dense_weight,token_logprobs
 from .prefix import Read,prefill,row_hidden
 from .qlora_load import add_adapter
 from .role_adapters import adapter_names,adapter_parameters,lora_settings
@@ -107,7 +107,8 @@ def _wire(self:Team, gradient_checkpointing):
 @patch
 def _mode(self:Team):
     "Checkpointing needs train mode, a key-value cache eval mode; without dropout both compute the same."
-    if torch.is_grad_enabled(): self._decoder = None     # training needs the memory of the copy
+    if torch.is_grad_enabled() and self._decoder is not None:
+        self._decoder = None; trim()                     # training needs the memory of the copy
     train = self.checkpointing and torch.is_grad_enabled()
     if self.model.training!=train: self.model.train(train)
 
@@ -232,7 +233,7 @@ def _score(self:Team, h, y, s, entropy_grad):
         out = token_logprobs(h, y, self.head, t, chunk=rows, entropy=entropy_grad is not None,
                              entropy_grad=bool(entropy_grad))
         return out if entropy_grad is not None else (out, torch.zeros_like(out))
-    weight,bias = head_weight(self.head)
+    weight,bias = dense_weight(self.head)
     z = h.to(weight.dtype)@weight.T if bias is None else h.to(weight.dtype)@weight.T+bias
     lp = support((z if z.dtype==torch.float64 else z.float())*(1/t), s.top_k, s.top_p, keep=y).log_softmax(-1)
     return lp.gather(-1, y[:,None])[:,0], torch.special.entr(lp.exp()).sum(-1)
