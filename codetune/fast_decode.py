@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import additive,short_attention
 from .fast_lora import lora_matrices,plain_lora
 from .lean import silu_gated
-from .logprobs import dense_weight
+from .logprobs import dense_dtype,dense_weight
 from .prefix import DENSE,takes_tree
 
 # %% ../nbs/machinery/fast_decode.ipynb #c006
@@ -130,13 +130,6 @@ class FastDecode:
         return self.head(self.trunk.norm(h))
 
 # %% ../nbs/machinery/fast_decode.ipynb #c012
-def _computes_in(b):
-    "The type of a linear layer's products; None for a kind that is not known."
-    if type(b) is nn.Linear: return b.weight.dtype
-    state = getattr(b.weight, "quant_state", None)
-    known = type(b).__name__=="Linear4bit" and state and not getattr(state, "packing_format_for_cpu", False)
-    return state.dtype if known and b.compute_dtype in (None, state.dtype) else None
-
 def decodes_fast(
     trunk:nn.Module,   # a decoder of transformers, perhaps with LoRA
     head:nn.Module,
@@ -147,7 +140,7 @@ def decodes_fast(
     def linear(m):
         b = _base(m)
         plain = not isinstance(m, LoraLayer) or plain_lora(m) and not m.merged and len(m.active_adapters)<2
-        return plain and isinstance(b, nn.Linear) and b.weight.device.type=="cpu" and _computes_in(b)==trunk.dtype
+        return plain and isinstance(b, nn.Linear) and b.weight.device.type=="cpu" and dense_dtype(b)==trunk.dtype
     parts = [head, *(p for m in trunk.layers for p in (
         m.self_attn.q_proj, m.self_attn.k_proj, m.self_attn.v_proj, m.self_attn.o_proj,
         m.mlp.gate_proj, m.mlp.up_proj, m.mlp.down_proj))]

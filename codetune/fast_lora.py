@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor,nn
 from peft.tuners.lora import LoraLayer
+from .logprobs import dense_dtype,dense_weight
 
 # %% ../nbs/machinery/fast_lora.ipynb #c005
 def _split(w, dtype):
@@ -38,21 +39,21 @@ def lora_matrices(
 
 # %% ../nbs/machinery/fast_lora.ipynb #c008
 class _LoRALinear(torch.autograd.Function):
-    "x W' + b + scale (x A') B' with frozen W and b; with a gate, of x silu(gate), which is not kept."
+    "x W' + b + scale (x A') B' over a frozen base; with a gate, of x silu(gate), which is not kept."
     @staticmethod
-    def forward(ctx, x, gate, W, b, A, B, scale):
-        ctx.scale,ctx.rank,ctx.kinds = scale,len(A),(A.dtype, B.dtype)
+    def forward(ctx, x, gate, base, A, B, scale):
+        ctx.base,ctx.scale,ctx.rank,ctx.kinds = base,scale,len(A),(A.dtype, B.dtype)
         A,B = _factors(A, B, scale, x.dtype)
         p = x if gate is None else F.silu(gate).mul_(x)
         z = p@A.T
-        ctx.save_for_backward(x, gate, W, A, B, z)
-        return F.linear(p, W, b).addmm_(z, B.T)
+        ctx.save_for_backward(x, gate, A, B, z)
+        return F.linear(p, *dense_weight(base)).addmm_(z, B.T)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x,gate,W,A,B,z = ctx.saved_tensors
-        r = ctx.rank                                                     # the rounded weights will do
+        x,gate,A,B,z = ctx.saved_tensors
+        (W,_),r = dense_weight(ctx.base),ctx.rank                        # the rounded adapter will do
         dz = g@B[:,:r]
         dx = (g@W).addmm_(dz, A[:r]) if ctx.needs_input_grad[0] else None # one product adds the two gradients
         dgate,p = None,x
@@ -60,22 +61,22 @@ class _LoRALinear(torch.autograd.Function):
             s = F.silu(gate)
             p,dgate,dx = s*x,torch.ops.aten.silu_backward(dx*x, gate),dx.mul_(s)
         dA,dB = (dz.T@p).to(ctx.kinds[0]),(g.T@z[:,:r]).to(ctx.kinds[1]).mul_(ctx.scale)
-        return dx, dgate, None, None, dA, dB, None
+        return dx, dgate, None, dA, dB, None
 
 # %% ../nbs/machinery/fast_lora.ipynb #c009
 def _apply(m, x, gate=None):
     "One layer of `fast_lora`'s, with gradients."
     name,rows = m.active_adapters[0],x.flatten(0, -2)
-    y = _LoRALinear.apply(rows, None if gate is None else gate.flatten(0, -2), m.base_layer.weight,
-                          m.base_layer.bias, m.lora_A[name].weight, m.lora_B[name].weight, m.scaling[name])
+    y = _LoRALinear.apply(rows, None if gate is None else gate.flatten(0, -2), m.base_layer,
+                          m.lora_A[name].weight, m.lora_B[name].weight, m.scaling[name])
     return y.view(*x.shape[:-1], -1)
 
 def _trains(m, x):
     "Is it a layer of `fast_lora`'s whose adapter alone wants gradients?"
     base = getattr(m, "base_layer", None)
-    return (torch.is_grad_enabled() and type(base) is nn.Linear and "casts" in m.__dict__
+    return (torch.is_grad_enabled() and "casts" in m.__dict__
             and not m.disable_adapters and m.active_adapters[0] in m.lora_A
-            and x.dtype==base.weight.dtype and not base.weight.requires_grad)
+            and dense_dtype(base)==x.dtype and not base.weight.requires_grad)
 
 # %% ../nbs/machinery/fast_lora.ipynb #c010
 def gated_linear(
