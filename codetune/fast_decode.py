@@ -39,7 +39,7 @@ class Together:
         bases = [_base(m) for m in layers]
         self.layers,self.sizes = layers,[b.out_features for b in bases]
         weights,biases = zip(*map(dense_weight, bases))
-        W = torch.cat(weights)
+        W = torch.cat(weights) if len(weights)>1 else weights[0]
         self.bias = None if all(b is None for b in biases) else torch.cat(
             [W.new_zeros(n) if b is None else b for b,n in zip(biases, self.sizes)])
         self.dtype,self.ready = W.dtype,_lays_out(W.dtype)

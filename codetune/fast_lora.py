@@ -42,25 +42,25 @@ class _LoRALinear(torch.autograd.Function):
     "x W' + b + scale (x A') B' over a frozen base; with a gate, of x silu(gate), which is not kept."
     @staticmethod
     def forward(ctx, x, gate, base, A, B, scale):
-        ctx.base,ctx.scale,ctx.rank,ctx.kinds = base,scale,len(A),(A.dtype, B.dtype)
-        A,B = _factors(A, B, scale, x.dtype)
+        ctx.base,ctx.scale = base,scale
+        wide_A,wide_B = _factors(A, B, scale, x.dtype)
         p = x if gate is None else F.silu(gate).mul_(x)
-        z = p@A.T
-        ctx.save_for_backward(x, gate, A, B, z)
-        return F.linear(p, *dense_weight(base)).addmm_(z, B.T)
+        z = p@wide_A.T
+        ctx.save_for_backward(x, gate, A, B, z[:,:len(A)].clone())       # the gradient is that of the rounded adapter
+        return F.linear(p, *dense_weight(base)).addmm_(z, wide_B.T)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x,gate,A,B,z = ctx.saved_tensors
-        (W,_),r = dense_weight(ctx.base),ctx.rank                        # the rounded adapter will do
-        dz = g@B[:,:r]
-        dx = (g@W).addmm_(dz, A[:r]) if ctx.needs_input_grad[0] else None # one product adds the two gradients
+        dz,dx = g@(B*ctx.scale).to(g.dtype),None
+        if ctx.needs_input_grad[0]:                                      # one product adds the two gradients
+            dx = (g@dense_weight(ctx.base)[0]).addmm_(dz, A.to(g.dtype))
         dgate,p = None,x
         if gate is not None:
             s = F.silu(gate)
             p,dgate,dx = s*x,torch.ops.aten.silu_backward(dx*x, gate),dx.mul_(s)
-        dA,dB = (dz.T@p).to(ctx.kinds[0]),(g.T@z[:,:r]).to(ctx.kinds[1]).mul_(ctx.scale)
+        dA,dB = (dz.T@p).to(A.dtype),(g.T@z).to(B.dtype).mul_(ctx.scale)
         return dx, dgate, None, dA, dB, None
 
 # %% ../nbs/machinery/fast_lora.ipynb #c009

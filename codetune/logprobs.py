@@ -37,12 +37,18 @@ def dense_dtype(
     return state.dtype if known and layer.compute_dtype in (None, state.dtype) else None
 
 # %% ../nbs/machinery/logprobs.ipynb #c009
-def _chunk_logprobs(h, weight, bias, scale):
-    "Log-softmax of one chunk of rows, (C, V), in fp32 or fp64."
-    z = h.to(weight.dtype) @ weight.T
+def _log_softmax(z, bias, scale):
+    "Log-softmax of scaled logits, (C, V), in fp32 or fp64. Consumes `z`."
     z = z if z.dtype == torch.float64 else z.float()
     if bias is not None: z = z + bias
     return (z if scale == 1 else z.mul_(scale)).log_softmax(-1)
+
+def _chunk_logprobs(h, weight, bias, scale): return _log_softmax(h.to(weight.dtype)@weight.T, bias, scale)
+
+def _blocks(z):
+    "Rows of logits in blocks: all at once on a GPU, about 4 MB of fp32 on a CPU."
+    n = len(z) if z.is_cuda else max(1, 2**20//z.shape[1])
+    return [slice(i, i+n) for i in range(0, len(z), n)]
 
 def _entropies(p, logp): return -(p[:, None]@logp[..., None])[:, 0, 0]
 
@@ -87,15 +93,18 @@ class _TokenLogprobs(torch.autograd.Function):
         saved = hidden.new_empty(1 + (want=="grad"), *hidden.shape) if keep else None
         for i in range(0, len(targets), chunk):
             rows = slice(i, i+chunk)
-            logp = _chunk_logprobs(hidden[rows], weight, bias, scale)
-            out[0, rows] = logp.gather(-1, targets[rows, None])[:, 0]
-            if keep:
-                dz,ent,dent = _chunk_grads(logp, targets[rows], want)
-                saved[0, rows] = (dz.to(weight.dtype) @ weight).mul_(-scale).to(hidden.dtype)
-                if want=="grad":
-                    saved[1, rows] = (dent.to(weight.dtype) @ weight).mul_(scale).to(hidden.dtype)
-                if want: out[1, rows] = ent
-            elif want: out[1, rows] = _entropies(logp.exp(), logp)
+            z = hidden[rows].to(weight.dtype) @ weight.T
+            dH = torch.empty_like(z) if keep and want=="grad" else None
+            for b in _blocks(z):
+                logp,y,o = _log_softmax(z[b], bias, scale),targets[rows][b],out[:, rows][:, b]
+                o[0] = logp.gather(-1, y[:, None])[:, 0]
+                if keep:
+                    z[b],ent,dent = _chunk_grads(logp, y, want)        # logits that are done with give room
+                    if want: o[1] = ent
+                    if dH is not None: dH[b] = dent
+                elif want: o[1] = _entropies(logp.exp(), logp)
+            if keep: saved[0, rows] = (z @ weight).mul_(-scale).to(hidden.dtype)
+            if dH is not None: saved[1, rows] = (dH @ weight).mul_(scale).to(hidden.dtype)
         ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.head else (saved,)))
         return out
 

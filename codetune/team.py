@@ -175,7 +175,9 @@ def step(self:Team,
     "One step of generation with whichever adapter is active."
     self._mode()
     if self._decoder is not None:
-        if "decoder" not in self._casts: self._decoder.adapt(); self._casts["decoder"] = True
+        if "decoder" not in self._casts:
+            self._decoder.adapt()
+            self._casts.clear(); self._casts["decoder"] = True
         return self._decoder.step(ids, **read.grow())
     return self.head(self.trunk(input_ids=ids, **read.grow(), use_cache=True).last_hidden_state[:,-1])
 
@@ -229,7 +231,7 @@ def _score(self:Team, h, y, s, entropy_grad):
     "Log-probabilities and entropies of the ids `y` under the sampling distribution `s`."
     t = s.temperature or 1.
     if not s.top_k and s.top_p>=1:
-        rows = 512 if h.is_cuda else max(1, 2**22//self.head.out_features)
+        rows = 512 if h.is_cuda else max(1, 2**23//self.head.out_features)
         out = token_logprobs(h, y, self.head, t, chunk=rows, entropy=entropy_grad is not None,
                              entropy_grad=bool(entropy_grad))
         return out if entropy_grad is not None else (out, torch.zeros_like(out))
