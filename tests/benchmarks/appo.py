@@ -12,9 +12,11 @@ all sides alternate, and the round with the median ratio is reported. The textbo
     second   a second, discarded forward whenever log-probabilities are computed
     critic   the critic's trunk is run again in every minibatch of every epoch, instead of once per rollout
 
-Outside `generate` it runs the libraries' own layers on rows padded to the right: transformers' attention (`sdpa`), norms and MLPs, PEFT's LoRA. Ours computes
-beginnings that rows share once and has layers of its own (codetune.prefix, attention, lean, fast_lora). The third side, `four wastes`, is the same loop on our
-layers, rows still padded: what the four wastes cost by themselves.
+Outside `generate` it runs the libraries' own layers on rows padded to the right: transformers' attention (`sdpa`), norms and MLPs, PEFT's LoRA. It scores every
+message once before the first step (the old log-probabilities), as textbooks do. Ours computes beginnings that rows share once, has layers of its own
+(codetune.prefix, attention, lean, fast_lora) and takes the old log-probabilities from generation, after its first minibatch has shown that they are the training
+path's to the last bit (codetune.learner); `score` is what is left, the KL to the start. The third side, `four wastes`, is the textbook loop on our layers, rows
+still padded: what the four wastes cost by themselves.
 
 The programs are eight reference solutions. All sides hand them to the sandbox when the last agent has spoken; ours then computes the critic's features,
 so `waiting` is what is left. Peak memory is the process's resident high-water mark. `--write` puts the table into results/appo.md.
