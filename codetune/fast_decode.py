@@ -140,7 +140,7 @@ def decodes_fast(
     def linear(m):
         b = _base(m)
         plain = not isinstance(m, LoraLayer) or plain_lora(m) and not m.merged and len(m.active_adapters)<2
-        return plain and isinstance(b, nn.Linear) and b.weight.device.type=="cpu" and dense_dtype(b)==trunk.dtype
+        return plain and dense_dtype(b)==trunk.dtype and b.weight.device.type=="cpu"
     parts = [head, *(p for m in trunk.layers for p in (
         m.self_attn.q_proj, m.self_attn.k_proj, m.self_attn.v_proj, m.self_attn.o_proj,
         m.mlp.gate_proj, m.mlp.up_proj, m.mlp.down_proj))]

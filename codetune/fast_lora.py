@@ -46,7 +46,7 @@ class _LoRALinear(torch.autograd.Function):
         wide_A,wide_B = _factors(A, B, scale, x.dtype)
         p = x if gate is None else F.silu(gate).mul_(x)
         z = p@wide_A.T
-        ctx.save_for_backward(x, gate, A, B, z[:,:len(A)].clone())       # the gradient is that of the rounded adapter
+        ctx.save_for_backward(x, gate, A, B, z[:,:len(A)].clone())       # for the gradient, rounded will do
         return F.linear(p, *dense_weight(base)).addmm_(z, wide_B.T)
 
     @staticmethod
